@@ -1,0 +1,1273 @@
+"""Align a language model to reason: zero-shot baseline, SFT, expert iteration and GRPO with verified rewards, in one file.
+
+    python align.py --algo eval                       # how good is the base model?
+    python align.py --algo grpo                       # make it better; --algo sft and --algo ei do it in other ways
+    python align.py --algo grpo --model sft_output/final_model
+
+On a machine without a GPU this trains a tiny model on arithmetic in minutes (--preset tiny); with an 80 GB GPU it trains
+Qwen2.5-Math-1.5B on MATH (--preset math). Both go through the same code below. The setting is that of Stanford CS336's assignment 5,
+the functions of sections 5 to 7 carry the names and signatures of its handout, and `python align.py --help` lists every knob.
+
+Symbols:  B sequences in a batch    T tokens (labels, that is, shifted by one)    V vocabulary
+          G rollouts per prompt     N rollouts per step = prompts × G
+          π the policy (the model)  r reward in {0, 1}    A advantage    ρ = π(token) / π_old(token)
+
+Sources, cited as [name] below:
+  [R1] DeepSeek-R1, arXiv:2501.12948          [GRPO] DeepSeekMath, arXiv:2402.03300     [PPO] arXiv:1707.06347
+  [DrGRPO] arXiv:2503.20783                   [EI] Expert iteration, arXiv:1705.05439   [pass@k] Codex, arXiv:2107.03374
+
+Where this departs from the papers, on purpose:
+  1. No KL penalty and no reference model: with a verified reward there is no reward model to over-optimise ([DrGRPO] does the same).
+  2. The gradient uses the token ids that were sampled. Text decoded and tokenised again can come back as other tokens.
+  3. When a rollout batch serves for one update only, the old log-probs are the new ones, so ρ = 1 without a second forward pass.
+  4. Log-probs are those of the sampling distribution: logits are divided by the sampling temperature in training too.
+  5. The SFT loops normalise by the mean response length of the batch, so that the loss reads as nats per token.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+
+class UserError(ValueError):
+    """Something that the user can mend: `main` prints it as one sentence and exits with code 2."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Arguments: every knob, declared once
+# ----------------------------------------------------------------------------------------------------------------------
+
+ALGOS = ("eval", "sft", "ei", "grpo")
+LOSS_TYPES = ("no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip")
+
+# A flag beats the preset's entry for the algorithm, which beats the preset's own entry, which beats the flag's default.
+PRESETS = {
+    # 0.7M parameters, chains of one-digit sums; two CPU cores, minutes.
+    "tiny": dict(
+        model="data/arithmetic/base_model", prompt="tiny", train_data="data/arithmetic/train.jsonl",
+        val_data="data/arithmetic/test.jsonl", sft_data="data/arithmetic/sft.jsonl",
+        sampling_max_tokens=64, validation_size=512, lr_schedule="linear", max_length=256, gradient_accumulation_steps=1,
+        eval=dict(validation_size=0),
+        sft=dict(learning_rate=3e-4, train_batch_size=32, sft_epochs=8, validation_frequency=8, save_frequency=500),
+        ei=dict(learning_rate=3e-4, train_batch_size=64, n_ei_steps=8, ei_batch_size=256, num_rollouts=4, sft_epochs=2,
+                validation_frequency=1, save_frequency=4),
+        grpo=dict(learning_rate=3e-4, n_grpo_steps=60, rollout_batch_size=512, train_batch_size=512, group_size=8,
+                  validation_frequency=10, save_frequency=50),
+    ),
+    # Qwen2.5-Math-1.5B on MATH with the handout's hyperparameters; one 80 GB GPU, hours.
+    "math": dict(
+        model="Qwen/Qwen2.5-Math-1.5B", prompt="r1_zero", train_data="data/MATH/train.jsonl",
+        val_data="data/MATH/test.jsonl", sft_data="data/MATH/sft.jsonl",
+        sampling_max_tokens=1024, validation_size=1024, lr_schedule="constant", max_length=2048,
+        eval=dict(validation_size=0),
+        sft=dict(learning_rate=1e-5, train_batch_size=64, gradient_accumulation_steps=32, sft_epochs=3,
+                 validation_frequency=50, save_frequency=500),
+        ei=dict(learning_rate=1e-5, train_batch_size=64, gradient_accumulation_steps=32, n_ei_steps=5, ei_batch_size=1024,
+                num_rollouts=4, sft_epochs=1, validation_frequency=1, save_frequency=1),
+        grpo=dict(learning_rate=1e-5, n_grpo_steps=200, rollout_batch_size=256, train_batch_size=256,
+                  gradient_accumulation_steps=128, group_size=8, validation_frequency=10, save_frequency=50),
+    ),
+}
+OUTPUT_DIRS = {"eval": "baseline_output", "sft": "sft_output", "ei": "expert_iteration_output", "grpo": "grpo_output"}
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or a float between `low` and `high`."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:        # false for nan, too
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}" if high < math.inf else f"{text} is below {low}")
+        return value
+    parse.__name__ = kind.__name__          # argparse's "invalid int value" takes the name from here
+    return parse
+
+
+def boolean(text):
+    """An argparse type: true or false."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def build_parser():
+    """(parser, {flag: the algorithms that use it}). Groups name the algorithms that a flag is for."""
+    parser = argparse.ArgumentParser(prog="align.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    users = {}
+
+    def group(title, *algos):
+        section = parser.add_argument_group(f"{title} ({', '.join(algos)})")
+        users[section] = algos
+        return section
+
+    g = group("what to run", *ALGOS)
+    g.add_argument("--algo", choices=ALGOS, default=None, help="which of the four to run")
+    g.add_argument("--preset", choices=("auto", *PRESETS), default="auto", help="defaults for the rest; auto: math where there is CUDA, else tiny")
+    g.add_argument("--model", help="a Hugging Face id or a folder, such as sft_output/final_model")
+    g.add_argument("--prompt", help="a name in PROMPTS (section 2)")
+    g.add_argument("--val_data", help="JSON lines of problems to evaluate on")
+    g.add_argument("--output_dir", help="where the run writes; by default one folder per algorithm")
+    g.add_argument("--overwrite", type=boolean, nargs="?", const=True, default=False, help="replace the run that output_dir holds")
+    g.add_argument("--seed", type=int, default=0, help="of every random draw")
+    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                   help="of the matrix products (autocast; the weights stay float32); auto: bfloat16 on a GPU")
+    g.add_argument("--plot", nargs="+", metavar="DIR", help="draw these runs into one picture, compare.png, and stop")
+
+    g = group("sampling and evaluation", *ALGOS)
+    g.add_argument("--sampler", choices=("auto", "torch"), default="auto", help="what generates the responses")
+    g.add_argument("--sampler_batch_size", type=number(int, 1), default=512, help="sequences that the torch sampler holds at a time")
+    g.add_argument("--sampling_min_tokens", type=number(int, 0), default=4, help="no response ends before; 0: off")
+    g.add_argument("--sampling_max_tokens", type=number(int, 1), help="responses are cut after so many tokens")
+    g.add_argument("--eval_temperature", type=number(float, 0), default=1.0, help="0: greedy")
+    g.add_argument("--validation_size", type=number(int, 0), help="problems to evaluate on, always the same ones; 0: all")
+
+    g = group("evaluation only", "eval")
+    g.add_argument("--eval_samples", type=number(int, 1), default=1, help="responses per problem, for pass@k")
+    g.add_argument("--question", help="answer this question, print the answer and stop")
+
+    g = group("training", "sft", "ei", "grpo")
+    g.add_argument("--learning_rate", type=number(float, 0), help="of AdamW")
+    g.add_argument("--lr_schedule", choices=("constant", "linear"), help="linear: down to zero over the run")
+    g.add_argument("--weight_decay", type=number(float, 0), default=0.0, help="of AdamW; 0: off")
+    g.add_argument("--gradient_clip_value", type=number(float, 1e-9), default=1.0, help="bound on the gradient's norm; inf: off")
+    g.add_argument("--train_batch_size", type=number(int, 1), help="sequences per optimizer update")
+    g.add_argument("--gradient_accumulation_steps", type=number(int, 1), help="microbatches per update: less memory, the same update")
+    g.add_argument("--validation_frequency", type=number(int, 0), help="steps between validations; 0: first and last step only")
+    g.add_argument("--save_frequency", type=number(int, 0), help="steps between checkpoints; 0: the final model only")
+    g.add_argument("--wandb_project", help="log to this Weights & Biases project as well")
+
+    g = group("supervised data", "sft")
+    g.add_argument("--sft_data", help="JSON lines of reasoning traces")
+    g.add_argument("--n_sft_examples", type=number(int, 0), default=0, help="use so many traces, drawn at random; 0: all")
+    g.add_argument("--max_length", type=number(int, 1), help="traces longer than this, prompt included, are dropped (tokens)")
+
+    g = group("supervised updates", "sft", "ei")
+    g.add_argument("--sft_epochs", type=number(int, 1), help="passes over the traces (ei: over each step's correct samples)")
+
+    g = group("sampling for training", "ei", "grpo")
+    g.add_argument("--train_data", help="JSON lines of problems to sample on")
+    g.add_argument("--sampling_temperature", type=number(float, 1e-3), default=1.0, help="1: sample from the policy itself")
+
+    g = group("expert iteration", "ei")
+    g.add_argument("--n_ei_steps", type=number(int, 1), help="rounds of sample, filter, fine-tune")
+    g.add_argument("--ei_batch_size", type=number(int, 1), help="problems per round")
+    g.add_argument("--num_rollouts", type=number(int, 1), help="responses per problem")
+
+    g = group("GRPO", "grpo")
+    g.add_argument("--n_grpo_steps", type=number(int, 1), help="rollout batches")
+    g.add_argument("--rollout_batch_size", type=number(int, 1), help="N, responses per step")
+    g.add_argument("--group_size", type=number(int, 1), help="G, responses per problem")
+    g.add_argument("--epochs_per_rollout_batch", type=number(int, 1), default=1, help="passes over each rollout batch; above 1: off-policy")
+    g.add_argument("--loss_type", choices=LOSS_TYPES, default="reinforce_with_baseline", help="see section 7")
+    g.add_argument("--cliprange", type=number(float, 0), default=0.2, help="ε of grpo_clip")
+    g.add_argument("--use_std_normalization", type=boolean, nargs="?", const=True, default=True,
+                   help="divide a group's advantages by its standard deviation; false: as [DrGRPO]")
+    g.add_argument("--advantage_eps", type=number(float, 0), default=1e-6, help="added to that standard deviation")
+    g.add_argument("--length_normalization", choices=("masked_mean", "masked_normalize"), default="masked_mean",
+                   help="divide a response's loss by its own length, or by sampling_max_tokens as [DrGRPO]")
+
+    users = {action.dest: algos for section, algos in users.items() for action in section._group_actions}
+    for action in parser._actions:          # say in --help what the presets put in
+        if action.dest in users:
+            for name, preset in PRESETS.items():
+                values = {str(v) for v in [preset.get(action.dest), *(preset[a].get(action.dest) for a in ALGOS)] if v is not None}
+                action.help += f" [{name}: {' | '.join(sorted(values))}]" if values else ""
+            action.help += " (default: %(default)s)" if action.default is not None and "[tiny" not in action.help else ""
+    parser.formatter_class = argparse.HelpFormatter
+    return parser, users
+
+
+def parse_args(argv=None):
+    """The run's settings. Raises UserError for a flag that is wrong, that contradicts another or that the run would not use."""
+    parser, users = build_parser()
+
+    def complain(message):
+        unknown = re.search(r"unrecognized arguments: --(\w+)", message)
+        near = difflib.get_close_matches(unknown[1], users, n=1) if unknown else []
+        raise UserError(message + (f" (did you mean --{near[0]}?)" if near else ""))
+
+    parser.error = complain
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for i, word in enumerate(argv):         # --group-size=4 means --group_size=4
+        name, equals, value = word.partition("=")
+        if name.startswith("--") and name[2:].replace("-", "_") in users:
+            argv[i] = "--" + name[2:].replace("-", "_") + equals + value
+    # argparse fills in a default only where the namespace has no such attribute, so None marks what was not typed.
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(users)))
+    typed = {flag for flag in users if getattr(args, flag) is not None}
+    if args.plot:
+        return args
+    if args.algo is None:
+        raise UserError("say what to run: --algo eval, sft, ei or grpo")
+    for flag in sorted(typed):
+        if args.algo not in users[flag]:
+            raise UserError(f"--{flag} is not used by --algo {args.algo} (it is for {', '.join(users[flag])})")
+
+    args.preset, requested = (args.preset or "auto"), args.preset
+    if args.preset == "auto":
+        args.preset = "math" if torch.cuda.is_available() else "tiny"
+    preset = PRESETS[args.preset]
+    for flag in users:
+        if args.algo not in users[flag]:
+            delattr(args, flag)
+        elif flag not in typed and flag != "preset":
+            setattr(args, flag, preset[args.algo].get(flag, preset.get(flag, parser.get_default(flag))))
+    if requested in (None, "auto"):
+        print(f"preset {args.preset}: {'a GPU is' if torch.cuda.is_available() else 'no GPU'} here (--preset chooses)")
+    args.output_dir = args.output_dir or OUTPUT_DIRS[args.algo]
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if args.device == "cuda" else "float32"
+
+    def require(condition, message):
+        if not condition:
+            raise UserError(message)
+
+    require(args.sampling_min_tokens <= args.sampling_max_tokens,
+            f"--sampling_min_tokens {args.sampling_min_tokens} is above --sampling_max_tokens {args.sampling_max_tokens}")
+    if args.algo != "eval":
+        require(args.train_batch_size % args.gradient_accumulation_steps == 0,
+                f"--gradient_accumulation_steps {args.gradient_accumulation_steps} does not divide --train_batch_size {args.train_batch_size}")
+    if args.algo == "grpo":
+        require(args.rollout_batch_size % args.group_size == 0,
+                f"--group_size {args.group_size} does not divide --rollout_batch_size {args.rollout_batch_size}")
+        require(args.rollout_batch_size % args.train_batch_size == 0,
+                f"--train_batch_size {args.train_batch_size} does not divide --rollout_batch_size {args.rollout_batch_size}")
+        require(args.loss_type == "no_baseline" or args.group_size > 1, "--group_size 1 leaves no group to compare with: every advantage is 0")
+        for flag, useful, where in (("cliprange", args.loss_type == "grpo_clip", "--loss_type grpo_clip"),
+                                    ("use_std_normalization", args.loss_type != "no_baseline", "a loss with a baseline"),
+                                    ("advantage_eps", args.use_std_normalization and args.loss_type != "no_baseline", "--use_std_normalization")):
+            require(useful or flag not in typed, f"--{flag} is only used with {where}")
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Prompts
+# ----------------------------------------------------------------------------------------------------------------------
+
+# r1_zero and question_only are the handout's. tiny is r1_zero without the preamble: a base model of 0.7M parameters
+# cannot read instructions, and on a laptop every token of a prompt is paid for in every rollout.
+PROMPTS = {
+    "r1_zero": (
+        "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The Assistant first "
+        "thinks about the reasoning process in the mind and then provides the User with the answer. The reasoning process is "
+        "enclosed within <think> </think> and answer is enclosed within <answer> </answer> tags, respectively, i.e., <think> "
+        "reasoning process here </think> <answer> answer here </answer>.\nUser: {question}\nAssistant: <think>"
+    ),
+    "question_only": "{question}",
+    "tiny": "User: {question}\nAssistant: <think>",
+}
+
+
+def format_prompt(name, question):
+    """The named prompt with the question in it."""
+    if name not in PROMPTS:
+        raise UserError(f"--prompt {name} is none of {', '.join(PROMPTS)}")
+    return PROMPTS[name].replace("{question}", question)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Data: JSON lines in, dicts out
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_jsonl(path, required):
+    """The dicts of a JSON-lines file, each checked to hold non-empty strings under the `required` keys.
+
+    `required` lists alternatives, e.g. [("problem", "answer")]. Raises UserError naming the file and the line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}){how_to_make(path)}") from error
+    records = []
+    for i, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:         # json's own error, or a number with more digits than Python converts
+            raise UserError(f"{path}, line {i}: not valid JSON ({error})") from error
+        if not isinstance(record, dict) or not any(all(isinstance(record.get(k), str) and record[k].strip() for k in keys) for keys in required):
+            raise UserError(f"{path}, line {i}: needs non-empty strings under " + " or ".join(" and ".join(map(repr, keys)) for keys in required))
+        records.append(record | {"line": i})
+    if not records:
+        raise UserError(f"{path}: holds no records")
+    return records
+
+
+def how_to_make(path):
+    """A hint for a data file of a preset that is not there."""
+    return "; make it with: python prepare_data.py --dataset math" if str(path).startswith("data/MATH/") else ""
+
+
+def load_problems(path, prompt_name):
+    """Problems {"problem", "answer", "prompt", …} of a JSON-lines file; a problem is {"problem": str, "answer": str, …}."""
+    return [record | {"prompt": format_prompt(prompt_name, record["problem"])} for record in read_jsonl(path, [("problem", "answer")])]
+
+
+def load_traces(path, prompt_name, reward_fn):
+    """SFT traces {"prompt", "response"}, with the prompt formatted here so that SFT and RL cannot drift apart.
+
+    A trace is {"problem", "response", "answer"}, or {"prompt", "response"} with a ready prompt. A response continues the prompt: with
+    r1_zero it starts after <think>. Raises UserError where it has not the answer format that `reward_fn` rewards.
+    """
+    traces = read_jsonl(path, [("problem", "response"), ("prompt", "response")])
+    for trace in traces:
+        if reward_fn(trace["response"], trace.get("answer", ""))["format_reward"] != 1:
+            raise UserError(f"{path}, line {trace['line']}: the response has not the answer format of prompt {prompt_name} "
+                            + ("(\\boxed{...})" if reward_fn is question_only_reward_fn else "(... </think> <answer> ... </answer>)"))
+        trace.setdefault("prompt", format_prompt(prompt_name, trace.get("problem", "")))
+    return traces
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Grading: the reward is the objective, so a wrong reward is trained towards
+# ----------------------------------------------------------------------------------------------------------------------
+
+def last_boxed(text):
+    r"""The content of the last \boxed{…} with balanced braces, or None. last_boxed(r"so \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"."""
+    start = text.rfind(r"\boxed{")
+    depth = 0
+    for i in range(start + len(r"\boxed"), len(text) if start >= 0 else 0):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if depth == 0:
+            return text[start + len(r"\boxed{"):i]
+    return None
+
+
+def extract_answer(response):
+    """What stands between the answer tags of a response in the r1_zero format, or None.
+
+    >>> extract_answer(" 7+5=12 </think> <answer> 12 </answer>")
+    '12'
+
+    The format: `</think> <answer>` and `</answer>`, in this order, each tag once, and nothing after the end. The handout's grader takes
+    the last answer of several, which pays a model for guessing twice.
+    """
+    match = re.fullmatch(r".*</think> <answer>(.*)</answer>\s*", response, flags=re.DOTALL)
+    if match is None or any(response.count(tag) > 1 for tag in ("</think>", "<answer>", "</answer>")):
+        return None
+    return match[1].strip()
+
+
+def grade(answer, truth):
+    """True where `answer` means the same as `truth` (strings, LaTeX or plain): equal strings, else math-verify."""
+    answer, truth = answer.strip().strip("$").strip(), truth.strip().strip("$").strip()
+    if answer == truth:
+        return answer != ""
+    if re.fullmatch(r"-?\d{1,15}", answer) and re.fullmatch(r"-?\d{1,15}", truth):
+        return int(answer) == int(truth)
+    # Bare strings such as (3,-1) parse to nothing; both sides go into \boxed{}. The truth comes first: verify is not symmetric.
+    from math_verify import parse, verify
+    return bool(verify(parse(rf"\boxed{{{truth}}}"), parse(rf"\boxed{{{answer}}}")))
+
+
+def score(answer, truth):
+    """The reward dict of an extracted answer, or of None where the format was not followed. [R1] section 2.2.2, without a format bonus."""
+    right = float(answer is not None and grade(answer, truth))
+    return {"reward": right, "format_reward": float(answer is not None), "answer_reward": right}
+
+
+def r1_zero_reward_fn(response, ground_truth):
+    """{"reward", "format_reward", "answer_reward"}, each 0.0 or 1.0, of a response to the r1_zero prompt."""
+    return score(extract_answer(response), ground_truth)
+
+
+def question_only_reward_fn(response, ground_truth):
+    r"""The same for a response to the bare question: the answer is the last \boxed{}."""
+    return score(last_boxed(response), ground_truth)
+
+
+def reward_fn_and_stop(prompt_name):
+    """(reward function, stop string) that go with a prompt; without a stop string a response ends with the end-of-sequence token."""
+    return (question_only_reward_fn, None) if prompt_name == "question_only" else (r1_zero_reward_fn, "</answer>")
+
+
+def lenient_correct(response, truth):
+    """True where the right answer is the answer tag's content, the last box or the last number, whatever the format around it.
+
+    For evaluation only: a rise in accuracy that this does not share is a gain in format, not in reasoning.
+    """
+    tagged = re.findall(r"<answer>(.*?)</answer>", response, flags=re.DOTALL)
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", response)
+    return any(grade(candidate, truth) for candidate in {*tagged[-1:], last_boxed(response), *numbers[-1:]} - {None})
+
+
+def grade_responses(reward_fn, responses, truths):
+    """The reward dict of every response."""
+    return [reward_fn(response, truth) for response, truth in zip(responses, truths, strict=True)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Tokens and masks
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def batch_token_ids(prompt_ids, response_ids, pad_id):
+    """Prompts and responses (B lists of ids each) as one right-padded batch for next-token prediction.
+
+    Returns {"input_ids", "labels", "response_mask"}, each (B, T), where T = longest prompt + response, less one for the shift.
+
+        prompt [5, 6], response [7, 8]     input_ids      5  6  7
+                                           labels         6  7  8
+                                           response_mask  0  1  1     the labels that the policy chose
+
+    The mask comes from the lengths: a pad id is a token like any other. Attention is causal and padding stands on the right, so no real
+    token ever looks at padding and the model needs no attention mask.
+    """
+    longest = max(len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True))
+    ids = torch.full((len(prompt_ids), longest), pad_id)                            # (B, T+1)
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    for i, (prompt, response) in enumerate(zip(prompt_ids, response_ids)):
+        ids[i, :len(prompt) + len(response)] = torch.tensor(prompt + response)
+        mask[i, len(prompt):len(prompt) + len(response)] = True
+    return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "response_mask": mask[:, 1:]}   # (B, T) each
+
+
+def tokenize_prompt_and_output(prompt_strs, output_strs, tokenizer):
+    """Texts to {"input_ids", "labels", "response_mask"}, each (B, T); see batch_token_ids.
+
+    Prompt and output are tokenised apart, so that the border between them is a token border, as it is when sampling.
+    """
+    prompt_ids = [tokenizer(text)["input_ids"] for text in prompt_strs]
+    output_ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in output_strs]
+    return batch_token_ids(prompt_ids, output_ids, tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Log-probs and entropy: what the policy thinks of each token
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def compute_entropy(logits):
+    """Entropy of the next-token distribution in nats: (B, T, V) -> (B, T), float32."""
+    return torch.special.entr(logits.float().softmax(dim=-1)).sum(dim=-1)           # entr(p) = -p log p, and 0 at p = 0
+
+
+def get_response_log_probs(model, input_ids, labels, return_token_entropy=False, temperature=1.0):
+    """log π(label | tokens before it) for every position, prompt and padding included (mask them in the loss).
+
+    Args: input_ids and labels (B, T). temperature: the sampling temperature, so that these are log-probs of the sampling distribution.
+    Returns {"log_probs": (B, T)} and, if asked for, {"token_entropy": (B, T)} without a gradient; nats, float32.
+    """
+    logits = model(input_ids).logits.float() / temperature                          # (B, T, V)
+    result = {"log_probs": logits.log_softmax(dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)}
+    if return_token_entropy:
+        with torch.no_grad():
+            result["token_entropy"] = compute_entropy(logits)
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Losses: which tokens to push, and how hard
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def masked_normalize(tensor, mask, normalize_constant, dim=None):
+    """Sum of the elements under the mask over `dim` (all if None), divided by a constant."""
+    return torch.where(mask.bool(), tensor, 0).sum(dim) / normalize_constant        # where, not *: a masked inf must not become nan
+
+
+def masked_mean(tensor, mask, dim=None):
+    """Mean of the elements under the mask over `dim` (all if None); nan where the mask is empty."""
+    return torch.where(mask.bool(), tensor, 0).sum(dim) / mask.bool().sum(dim)
+
+
+def sft_microbatch_train_step(policy_log_probs, response_mask, gradient_accumulation_steps, normalize_constant=1.0):
+    """Backward of the negative log-likelihood of the responses. Its gradient pushes every response token's log-prob up equally.
+
+    Args: policy_log_probs and response_mask (B, T). gradient_accumulation_steps: microbatches per update; with b of the B sequences of
+    a train batch pass B / b, and the microbatches' losses add up to the train batch's mean.
+    Returns (loss, metadata): the scaled loss that was back-propagated, a scalar, and the number of response tokens.
+    """
+    per_sequence = masked_normalize(-policy_log_probs, response_mask, normalize_constant, dim=-1)       # (B,)
+    loss = per_sequence.mean() / gradient_accumulation_steps
+    loss.backward()
+    return loss.detach(), {"response_tokens": response_mask.sum()}
+
+
+def compute_group_normalized_rewards(reward_fn, rollout_responses, repeated_ground_truths, group_size, advantage_eps, normalize_by_std):
+    """Grades N responses and compares each with the G responses to the same prompt, which stand next to each other.
+
+        A = (r − mean of the group) / (standard deviation of the group + advantage_eps)      [GRPO] section 4.1.2
+        A = r − mean of the group                                                            without normalize_by_std, [DrGRPO]
+
+    The standard deviation is the unbiased one (n − 1). A group of equal rewards has advantage 0: it says nothing about what to prefer.
+    Returns (advantages (N,), raw_rewards (N,), metadata): means and spread of the rewards as floats, the number of groups of equal
+    rewards, and "rewards", the N reward dicts. Raises ValueError if N is not a multiple of G, or if a group of one is to be divided by
+    its standard deviation.
+    """
+    if group_size < 1 or len(rollout_responses) % group_size or (normalize_by_std and group_size == 1):
+        raise ValueError(f"{len(rollout_responses)} responses cannot be normalised in groups of {group_size}")
+    rewards = grade_responses(reward_fn, rollout_responses, repeated_ground_truths)
+    raw_rewards = torch.tensor([r["reward"] for r in rewards], dtype=torch.float32)
+    groups = raw_rewards.view(-1, group_size)                                       # (prompts, G)
+    advantages = groups - groups.mean(dim=1, keepdim=True)
+    equal = groups.amax(dim=1) == groups.amin(dim=1)
+    advantages[equal] = 0.0         # the mean of equal floats can be off by an ulp, and dividing by a tiny std would blow that up
+    if normalize_by_std:
+        advantages = advantages / (groups.std(dim=1, keepdim=True) + advantage_eps)
+    means = {f"{key}_mean": sum(r[key] for r in rewards) / len(rewards) for key in ("reward", "format_reward", "answer_reward")}
+    metadata = {**means, "reward_std": raw_rewards.std(correction=0).item(), "reward_max": raw_rewards.max().item(),
+                "reward_min": raw_rewards.min().item(), "equal_reward_groups": int(equal.sum()), "rewards": rewards}
+    return advantages.flatten(), raw_rewards, metadata
+
+
+def compute_naive_policy_gradient_loss(raw_rewards_or_advantages, policy_log_probs):
+    """−A · log π per token, (B, T): its gradient is REINFORCE's, the score function weighted by the advantage.
+
+    Args: raw_rewards_or_advantages (B, 1), policy_log_probs (B, T). Raises ValueError for (B,), which would broadcast over tokens.
+    """
+    require_column(raw_rewards_or_advantages)
+    return -raw_rewards_or_advantages * policy_log_probs
+
+
+def require_column(weights):
+    """Raises ValueError unless the per-sequence weights are (B, 1)."""
+    if weights.ndim != 2 or weights.shape[1] != 1:
+        raise ValueError(f"rewards and advantages are (B, 1), one per sequence, not {tuple(weights.shape)}")
+
+
+def compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange):
+    """−min(ρA, clip(ρ, 1−ε, 1+ε)A) per token, (B, T), with ρ = π/π_old ([PPO] equation 7, [GRPO] equation 3).
+
+    Where the clipped branch decides, the gradient is zero: the policy has already moved far enough on this token.
+    Args: advantages (B, 1); both log-probs (B, T), the old ones without a gradient; cliprange ε.
+    Returns (loss, metadata): "ratio" ρ (B, T) and "clipped" (B, T), true where the clipped branch decided.
+    """
+    require_column(advantages)
+    ratio = torch.exp(policy_log_probs - old_log_probs)
+    plain, clipped = ratio * advantages, ratio.clamp(1 - cliprange, 1 + cliprange) * advantages
+    return -torch.minimum(plain, clipped), {"ratio": ratio.detach(), "clipped": clipped.detach() < plain.detach()}
+
+
+def compute_policy_gradient_loss(policy_log_probs, loss_type, raw_rewards=None, advantages=None, old_log_probs=None, cliprange=None):
+    """The per-token loss (B, T) of the given type, and its metadata.
+
+        no_baseline               −r · log π                          REINFORCE with the raw reward
+        reinforce_with_baseline   −A · log π                          the group's mean as the baseline: same gradient on average, less noise
+        grpo_clip                 −min(ρA, clip(ρ, 1−ε, 1+ε)A)        several updates per rollout batch, kept close to π_old
+        grpo_no_clip              −ρA                                 the same without the bound
+
+    Raises ValueError for an unknown type or an argument that the type needs and did not get.
+    """
+    needs = {"no_baseline": dict(raw_rewards=raw_rewards), "reinforce_with_baseline": dict(advantages=advantages),
+             "grpo_clip": dict(advantages=advantages, old_log_probs=old_log_probs, cliprange=cliprange),
+             "grpo_no_clip": dict(advantages=advantages, old_log_probs=old_log_probs)}
+    if loss_type not in needs:
+        raise ValueError(f"loss_type {loss_type!r} is none of {', '.join(needs)}")
+    missing = [name for name, value in needs[loss_type].items() if value is None]
+    if missing:
+        raise ValueError(f"loss_type {loss_type} needs {', '.join(missing)}")
+    if loss_type == "no_baseline":
+        return compute_naive_policy_gradient_loss(raw_rewards, policy_log_probs), {}
+    if loss_type == "reinforce_with_baseline":
+        return compute_naive_policy_gradient_loss(advantages, policy_log_probs), {}
+    if loss_type == "grpo_clip":
+        return compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange)
+    require_column(advantages)
+    ratio = torch.exp(policy_log_probs - old_log_probs)
+    return -ratio * advantages, {"ratio": ratio.detach()}
+
+
+def grpo_microbatch_train_step(policy_log_probs, response_mask, gradient_accumulation_steps, loss_type, raw_rewards=None, advantages=None,
+                               old_log_probs=None, cliprange=None, normalize_constant=None):
+    """Backward of the policy-gradient loss: per token, then per response, then the mean over the batch.
+
+    A response's loss is its mean over its tokens ([GRPO] equation 3) or, given a normalize_constant, its sum divided by that constant,
+    which weighs every token alike whatever the length of its response ([DrGRPO]). An empty response counts as a loss of 0.
+    Args and returns: as sft_microbatch_train_step and compute_policy_gradient_loss; raw_rewards and advantages are (B, 1).
+    """
+    per_token, metadata = compute_policy_gradient_loss(policy_log_probs, loss_type, raw_rewards, advantages, old_log_probs, cliprange)
+    if normalize_constant is None:
+        filled = response_mask.bool().any(dim=-1)                                   # an empty mean would be 0/0
+        per_sequence = masked_mean(per_token[filled], response_mask[filled], dim=-1)
+    else:
+        per_sequence = masked_normalize(per_token, response_mask, normalize_constant, dim=-1)
+    loss = per_sequence.sum() / len(per_token) / gradient_accumulation_steps
+    loss.backward()
+    return loss.detach(), metadata
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Sampling
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def seed_for(seed, step, purpose):
+    """A seed for one random draw. Step k is a function of (weights, optimizer state, seed, k): nothing else feeds the generators."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{purpose}".encode()).digest()[:7], "big")
+
+
+@dataclasses.dataclass
+class Rollout:
+    """One sampled response."""
+    prompt_ids: list        # token ids
+    response_ids: list      # the token ids that were sampled, end-of-sequence included; training uses these
+    log_probs: list         # of those tokens under the sampling distribution, nats
+    text: str               # what they decode to, up to and including the stop string; grading uses this
+    finish_reason: str      # "stop": ended by itself; "length": cut at max_tokens
+
+
+class TorchSampler:
+    """Samples with the training model itself, through transformers alone: the same on a laptop and on a GPU."""
+
+    def __init__(self, tokenizer, batch_size, autocast):
+        self.tokenizer, self.batch_size, self.autocast = tokenizer, batch_size, autocast
+        self.token_strings = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+
+    def load_weights(self, model):
+        """Takes over the model's weights as they are now (here by sharing them)."""
+        self.model = model
+
+    @torch.no_grad()
+    def generate(self, prompt_ids, n, temperature, max_tokens, min_tokens, stop, seed):
+        """n responses to each prompt (lists of token ids): a list of len(prompt_ids) × n Rollouts, those of one prompt together.
+
+        temperature 0 is greedy. No end-of-sequence before min_tokens. stop: a string that ends a response, or None.
+        """
+        # Token t of response i is where the uniform number draws[i, t] falls in the cumulated distribution. So a response depends on
+        # the seed and its own place alone, not on which others share its batch or when they end.
+        draws = torch.rand(len(prompt_ids) * n, max_tokens, generator=torch.Generator().manual_seed(seed))
+        self.model.eval()
+        per_batch = max(1, self.batch_size // n)
+        rollouts = []
+        for i in range(0, len(prompt_ids), per_batch):
+            rollouts += self._generate_batch(prompt_ids[i:i + per_batch], n, temperature, max_tokens, min_tokens, stop,
+                                             draws[i * n:(i + per_batch) * n])
+        return rollouts
+
+    def _generate_batch(self, prompt_ids, n, temperature, max_tokens, min_tokens, stop, draws):
+        device, tokenizer = self.model.device, self.tokenizer
+        # Prompts are padded on the left, so that all of them end in the same column and the next token follows at once.
+        longest = max(map(len, prompt_ids))
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        inputs = torch.tensor([[pad_id] * (longest - len(p)) + p for p in prompt_ids], device=device)       # (P, longest)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompt_ids], device=device)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.model.config)
+        draws = draws.to(device).clamp(max=1 - 1e-6)
+        # Only a token that holds the stop string's last character can complete it; the text is looked at after those alone.
+        may_stop = torch.tensor([stop is not None and stop[-1] in (s or "") for s in self.token_strings])
+
+        def next_logits(inputs, mask, positions):
+            with self.autocast():
+                return self.model(inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+                                  logits_to_keep=1).logits[:, -1].float()           # (rows, V)
+
+        # Each prompt is computed once; then its cache is copied for its n responses.
+        logits = next_logits(inputs, mask, positions).repeat_interleave(n, dim=0)
+        cache.batch_repeat_interleave(n)
+        mask, last = mask.repeat_interleave(n, dim=0), positions[:, -1].repeat_interleave(n)
+        rows = list(range(len(prompt_ids) * n))             # which response each row of the batch holds
+        ids, log_probs = [[] for _ in rows], [[] for _ in rows]
+        done = [False] * len(rows)
+        for t in range(max_tokens):
+            scaled = logits / (temperature or 1.0)
+            normalizer = scaled.logsumexp(dim=-1)           # before the ban below: log-probs are the model's own
+            if t < min_tokens:
+                scaled = scaled.index_fill(1, torch.tensor([tokenizer.eos_token_id], device=device), -math.inf)
+            if temperature == 0:
+                token = scaled.argmax(dim=-1)
+            else:
+                cumulated = scaled.softmax(dim=-1).cumsum(dim=-1)
+                threshold = draws[rows, t:t + 1] * cumulated[:, -1:]
+                token = torch.searchsorted(cumulated, threshold, right=True).squeeze(1)
+            log_prob = scaled.gather(1, token[:, None]).squeeze(1) - normalizer
+            token_list = token.tolist()
+            for row, token_id, value in zip(rows, token_list, log_prob.tolist()):
+                if not done[row]:
+                    ids[row].append(token_id)
+                    log_probs[row].append(value)
+                    if token_id == tokenizer.eos_token_id:
+                        done[row] = True
+                    elif t + 1 >= min_tokens and token_id < len(may_stop) and may_stop[token_id] and \
+                            stop in tokenizer.decode(ids[row][-32:], skip_special_tokens=True):
+                        done[row] = True
+            live = [k for k, row in enumerate(rows) if not done[row]]
+            if not live:
+                break
+            if len(live) < 0.75 * len(rows):                # finished rows leave the batch once they are many
+                keep = torch.tensor(live, device=device)
+                cache.batch_select_indices(keep)
+                rows, token, mask, last = [rows[k] for k in live], token[keep], mask[keep], last[keep]
+            mask, last = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1), last + 1
+            if t + 1 < max_tokens:
+                logits = next_logits(token[:, None], mask, last[:, None])
+        return [Rollout(prompt_ids[i // n], ids[i], log_probs[i], cut_at_stop(tokenizer.decode(ids[i], skip_special_tokens=True), stop),
+                        "stop" if done[i] else "length") for i in range(len(ids))]
+
+
+def cut_at_stop(text, stop):
+    """The text up to and including the stop string: the last token may reach beyond it."""
+    return text[:text.index(stop) + len(stop)] if stop and stop in text else text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. Evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def pass_at_k(n, c, k):
+    """The unbiased estimate of P(at least one of k samples is right) from n samples of which c are right ([pass@k] equation 1).
+
+    >>> pass_at_k(n=4, c=1, k=2)        # two of four: 3 of the 6 pairs hold the right one
+    0.5
+    """
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def evaluate(sampler, problems, reward_fn, stop, n, temperature, max_tokens, min_tokens, seed):
+    """Samples n responses to each problem and grades them, as the model wrote them.
+
+    Returns (metrics, rollouts, rewards). The standard error is over problems: responses to one problem are not independent.
+    """
+    rollouts = sampler.generate([p["prompt_ids"] for p in problems], n, temperature, max_tokens, min_tokens, stop, seed)
+    truths = [p["answer"] for p in problems for _ in range(n)]
+    rewards = grade_responses(reward_fn, [r.text for r in rollouts], truths)
+    right = torch.tensor([r["answer_reward"] for r in rewards]).view(-1, n)                 # (problems, n)
+    per_problem = right.mean(dim=1)
+    powers = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k < n] + [n]
+    metrics = {
+        "accuracy": per_problem.mean().item(),
+        "accuracy_stderr": per_problem.std(correction=0).item() / math.sqrt(len(problems)),
+        "reward": sum(r["reward"] for r in rewards) / len(rewards),
+        "format_reward": sum(r["format_reward"] for r in rewards) / len(rewards),
+        "lenient_accuracy": sum(r["answer_reward"] == 1 or lenient_correct(o.text, t) for r, o, t in zip(rewards, rollouts, truths)) / len(rewards),
+        "problems": len(problems), "responses": len(rollouts),
+        "response_length": sum(len(r.response_ids) for r in rollouts) / len(rollouts),
+        "truncated_fraction": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+        "pass_at_k": {str(k): sum(pass_at_k(n, int(c), k) for c in right.sum(dim=1)) / len(problems) for k in powers},
+        "categories": {     # the handout's three
+            "format_and_answer": sum(r["format_reward"] == 1 and r["answer_reward"] == 1 for r in rewards),
+            "format_only": sum(r["format_reward"] == 1 and r["answer_reward"] == 0 for r in rewards),
+            "neither": sum(r["format_reward"] == 0 for r in rewards),
+        },
+    }
+    return metrics, rollouts, rewards
+
+
+def log_generations(path, step, purpose, rollouts, rewards, problems):
+    """Appends one JSON line per rollout to `path`: what was asked, written, expected and paid. problems: one per rollout."""
+    with open(path, "a", encoding="utf-8") as file:
+        for rollout, reward, problem in zip(rollouts, rewards, problems, strict=True):
+            file.write(json.dumps({"step": step, "purpose": purpose, "problem": problem["problem"], "response": rollout.text,
+                                   "answer": problem["answer"], **reward, "length": len(rollout.response_ids),
+                                   "finish_reason": rollout.finish_reason}) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. Logging, plots, checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+# What the algorithms call the same thing. The first name that a step's dict holds is the one shown.
+REWARD = ("train_reward_total", "ei/avg_reward")
+LOSS = ("loss", "train/loss", "ei/sft_loss")
+ACCURACY = ("val_reward_answer", "eval/accuracy", "ei/eval_accuracy", "accuracy")
+FORMAT = ("val_reward_format", "eval/format_reward", "ei/eval_format_reward", "format_reward")
+
+
+def lookup(record, names):
+    """The record's value under the first of the names that it holds, or None."""
+    return next((record[name] for name in names if record.get(name) is not None), None)
+
+
+def log_step(args, record, last_step):
+    """Writes one step's dict to metrics.jsonl, to stdout as one line, and to W&B where asked for."""
+    with open(Path(args.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    if args.wandb_project:
+        import wandb
+        wandb.log(record, step=record["step"])
+
+    def show(names, form, scale=1.0):
+        value = lookup(record, (names,) if isinstance(names, str) else names)
+        return format("-" if value is None else format(value * scale, form), f">{len(format(0.0, form))}")
+
+    head = f"{record['step']:4d}/{last_step}"
+    if "time_training" in record:
+        print(f"step {head} | reward {show(REWARD, '.3f')} fmt {show('train_reward_format', '.3f')} | loss {show(LOSS, '+.4f')} | "
+              f"ent {show('token_entropy', '.3f')} clip {show('clip_fraction', '.1f', 100)}% | len {show('response_length', '5.1f')} "
+              f"trunc {show('truncated_fraction', '3.0f', 100)}% | gnorm {show('grad_norm', '.2f')} | lr {show('learning_rate', '.1e')} | "
+              f"{show('time', '.1f')}s (gen {show('time_sampling', '.1f')}s)", flush=True)
+    if lookup(record, ACCURACY) is not None:
+        print(f"eval {head} | acc {show(ACCURACY, '.3f')} ±{show('eval_stderr', '.3f')} (n={record['eval_problems']}) fmt {show(FORMAT, '.3f')} "
+              f"lenient {show('eval_lenient_accuracy', '.3f')} | len {show('eval_response_length', '5.1f')} "
+              f"trunc {show('eval_truncated_fraction', '3.0f', 100)}%", flush=True)
+
+
+def read_metrics(folder):
+    """The dicts of a run's metrics.jsonl."""
+    return read_jsonl(Path(folder, "metrics.jsonl"), [()])
+
+
+def plot_runs(folders, path):
+    """Draws the curves of runs into one picture: validation on top, then training reward, entropy and length."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [("validation accuracy (±1 standard error)", ACCURACY), ("training reward", REWARD), ("token entropy (nats)", ("token_entropy",)),
+              ("response length (tokens)", ("response_length", "eval_response_length"))]
+    figure, axes = plt.subplots(len(panels), 1, figsize=(7, 9), sharex=len(folders) == 1, layout="constrained")
+    for folder in folders:
+        records = read_metrics(folder)
+        for axis, (title, names) in zip(axes, panels):
+            points = [(r["step"], lookup(r, names), r) for r in records if lookup(r, names) is not None]
+            steps, values = [p[0] for p in points], [p[1] for p in points]
+            [line] = axis.plot(steps, values, marker="o" if len(points) < 30 else None, markersize=3, label=str(folder))
+            if names is ACCURACY:
+                errors = [r["eval_stderr"] for _, _, r in points]
+                axis.fill_between(steps, [v - e for v, e in zip(values, errors)], [v + e for v, e in zip(values, errors)], alpha=0.2)
+                formats = [lookup(r, FORMAT) for _, _, r in points]
+                axis.plot(steps, formats, linestyle="--", color=line.get_color(), linewidth=1, label=f"{folder}, format")
+            axis.set_title(title, fontsize=9, loc="left")
+    for axis, (_, names) in zip(axes, panels):
+        axis.grid(alpha=0.3)
+        if names is ACCURACY or names is REWARD:
+            axis.set_ylim(0, 1)
+    axes[0].legend(fontsize=8)
+    axes[-1].set_xlabel("step")
+    partial = f"{path}.partial.png"
+    figure.savefig(partial, dpi=110)
+    plt.close(figure)
+    os.replace(partial, path)
+
+
+def save_checkpoint(path, model, tokenizer, optimizer=None, step=None):
+    """A Hugging Face folder, which from_pretrained and `vllm serve` open, plus the trainer's state. Written aside, then renamed."""
+    partial = Path(f"{path}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    if optimizer is not None:
+        torch.save({"optimizer": optimizer.state_dict(), "step": step}, partial / "trainer_state.pt")
+    os.replace(partial, path)
+
+
+def open_output_dir(args):
+    """Makes output_dir and writes args.json. A run that is there already is left alone, or with --overwrite removed."""
+    folder = Path(args.output_dir)
+    names = ("args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "baseline_results_summary.json", "checkpoint*", "final_model*")
+    old = [path for name in names for path in folder.glob(name)]
+    if old and not args.overwrite:
+        raise UserError(f"{folder} holds a run already; choose another --output_dir, or replace it with --overwrite")
+    model = Path(args.model).resolve()
+    if any(model == path.resolve() for path in old):
+        raise UserError(f"--overwrite would remove --model {args.model}; choose another --output_dir")
+    for path in old:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the three loops share: load, update, validate, finish a step
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Run:
+    """What a run holds in memory. The policy is `model`; sampler, evaluation and updates all refer to it."""
+    args: argparse.Namespace
+    model: torch.nn.Module
+    tokenizer: object
+    sampler: TorchSampler
+    reward_fn: object
+    stop: str | None
+    optimizer: torch.optim.Optimizer | None = None
+    val_problems: list | None = None
+    last_step: int = 0
+
+
+def load_run(args):
+    """Model, tokenizer and sampler of a run. Raises UserError where the model cannot be had."""
+    if any(path.startswith("data/arithmetic/") and not Path(path).exists()
+           for path in (args.model, args.val_data, getattr(args, "train_data", ""), getattr(args, "sft_data", ""))):
+        print("data/arithmetic/ is not complete yet: making it with prepare_data.py", flush=True)
+        from prepare_data import prepare_arithmetic
+        prepare_arithmetic("data/arithmetic")
+    from safetensors import SafetensorError
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        # float32 masters even on a GPU: at lr 1e-5 most AdamW steps are below half a bfloat16 ulp of the weight and would vanish.
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"--model {args.model} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"--model {args.model}: its tokenizer has no end-of-sequence token")
+    model.to(args.device).eval()            # eval for good: dropout would make π differ from the policy that sampled
+    sampler = TorchSampler(tokenizer, args.sampler_batch_size, lambda: autocast(args))
+    return Run(args, model, tokenizer, sampler, *reward_fn_and_stop(args.prompt))
+
+
+def autocast(args):
+    """Matrix products in bfloat16 where --dtype says so; weights, log-probs and losses stay float32."""
+    return torch.autocast(args.device, torch.bfloat16) if args.dtype == "bfloat16" else contextlib.nullcontext()
+
+
+def load_sampling_problems(run, path):
+    """The problems of a file with "prompt_ids". Raises UserError where a prompt and its response do not fit into the model's context."""
+    problems = load_problems(path, run.args.prompt)
+    context = getattr(run.model.config, "max_position_embeddings", None) or math.inf
+    for problem, ids in zip(problems, run.tokenizer([p["prompt"] for p in problems])["input_ids"]):
+        if len(ids) + run.args.sampling_max_tokens > context:
+            raise UserError(f"{path}, line {problem['line']}: a prompt of {len(ids)} tokens and {run.args.sampling_max_tokens} sampled ones "
+                            f"(--sampling_max_tokens) exceed the model's context of {context}")
+        problem["prompt_ids"] = ids
+    return problems
+
+
+def load_val_problems(run):
+    """Always the same --validation_size problems, whatever the seed, drawn from the whole file: files come sorted by subject."""
+    problems, size = load_sampling_problems(run, run.args.val_data), run.args.validation_size
+    return random.Random(0).sample(problems, size) if 0 < size < len(problems) else problems
+
+
+def start_training(args):
+    """A Run with its optimizer, its validation problems and its output directory."""
+    run = load_run(args)
+    run.val_problems = load_val_problems(run)
+    run.optimizer = torch.optim.AdamW(run.model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    return run
+
+
+def start_logging(run, last_step):
+    """Called when every input has been read and found good: opens the output directory, validates the weights before step 1."""
+    run.last_step = last_step
+    open_output_dir(run.args)
+    if run.args.wandb_project:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("--wandb_project needs Weights & Biases: pip install wandb") from error
+        wandb.init(project=run.args.wandb_project, config=vars(run.args), dir=run.args.output_dir)
+    finish_step(run, {"step": 0}, checkpoint=None)
+
+
+def take(batch, rows):
+    """The given rows of a dict of (N, T) and (N, 1) tensors, cut to the longest sequence among them."""
+    width = int(batch["response_mask"][rows].any(dim=0).nonzero().max()) + 1
+    return {name: tensor[rows, :width] for name, tensor in batch.items()}
+
+
+def microbatches(args, batch):
+    """Splits a train batch (a dict of tensors) into microbatches of train_batch_size / gradient_accumulation_steps sequences."""
+    rows = torch.arange(len(batch["labels"]))
+    return [take(batch, part) for part in rows.split(args.train_batch_size // args.gradient_accumulation_steps)]
+
+
+def optimizer_step(run, learning_rate):
+    """Clips the accumulated gradient and applies it; a gradient that is not finite is dropped. Returns its norm before clipping."""
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.args.gradient_clip_value).item()
+    run.optimizer.param_groups[0]["lr"] = learning_rate
+    if math.isfinite(grad_norm):
+        run.optimizer.step()
+    run.optimizer.zero_grad()
+    return grad_norm
+
+
+def learning_rate_at(args, step, last_step):
+    """The learning rate of step 1 … last_step."""
+    return args.learning_rate * (1 - (step - 1) / last_step if args.lr_schedule == "linear" else 1)
+
+
+def update_metrics(updates):
+    """Averages the metrics of a step's updates: per-token ones over all their response tokens, the rest over the updates."""
+    tokens = sum(u["tokens"] for u in updates)
+    applied = [u["grad_norm"] for u in updates if math.isfinite(u["grad_norm"])]
+    return {"loss": sum(u["loss"] for u in updates) / len(updates),
+            "token_entropy": sum(u["entropy_sum"] for u in updates) / tokens,
+            "clip_fraction": sum(u["clipped"] for u in updates) / tokens,
+            "grad_norm": sum(applied) / len(applied) if applied else None,
+            "skipped_updates": len(updates) - len(applied)}
+
+
+def sampling_metrics(rollouts, seconds):
+    """Lengths and speed of a batch of rollouts."""
+    tokens = sum(len(r.response_ids) for r in rollouts)
+    return {"response_length": tokens / len(rollouts), "tokens_per_second": tokens / seconds,
+            "truncated_fraction": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts)}
+
+
+def sample_for_training(run, problems, n, step):
+    """n rollouts per problem from the policy as it is now. Returns (rollouts, problems repeated to match them)."""
+    args = run.args
+    run.sampler.load_weights(run.model)
+    rollouts = run.sampler.generate([p["prompt_ids"] for p in problems], n, args.sampling_temperature, args.sampling_max_tokens,
+                                    args.sampling_min_tokens, run.stop, seed_for(args.seed, step, "rollouts"))
+    return rollouts, [p for p in problems for _ in range(n)]
+
+
+def draw_problems(run, problems, count, step):
+    """The problems of step `step`: drawn without replacement. Raises UserError if there are not as many."""
+    if count > len(problems):
+        raise UserError(f"a step needs {count} problems and {run.args.train_data} has {len(problems)}")
+    return random.Random(seed_for(run.args.seed, step, "problems")).sample(problems, count)
+
+
+def evaluate_run(run, problems, n, step):
+    """`evaluate` with the run's settings and the weights as they are now; the generations go to samples.jsonl."""
+    args = run.args
+    run.sampler.load_weights(run.model)
+    metrics, rollouts, rewards = evaluate(run.sampler, problems, run.reward_fn, run.stop, n, args.eval_temperature, args.sampling_max_tokens,
+                                          args.sampling_min_tokens, seed_for(args.seed, step, "evaluation"))
+    log_generations(Path(args.output_dir, "samples.jsonl"), step, "evaluation", rollouts, rewards, [p for p in problems for _ in range(n)])
+    return metrics
+
+
+EVAL_NAMES = {      # each algorithm's names for what `evaluate` measures
+    "sft": {"eval/accuracy": "accuracy", "eval/format_reward": "format_reward"},
+    "ei": {"ei/eval_accuracy": "accuracy", "ei/eval_format_reward": "format_reward"},
+    "grpo": {"val_reward_total": "reward", "val_reward_format": "format_reward", "val_reward_answer": "accuracy"},
+}
+
+
+def finish_step(run, record, checkpoint):
+    """Validates the weights as they are after the update, logs the step's dict, and saves, each as often as asked for."""
+    args, step = run.args, record["step"]
+
+    def due(frequency):
+        return step == run.last_step or (frequency and step % frequency == 0)
+
+    if step == 0 or due(args.validation_frequency):
+        started = time.perf_counter()
+        metrics = evaluate_run(run, run.val_problems, 1, step)
+        record |= {name: metrics[key] for name, key in EVAL_NAMES[args.algo].items()}
+        record |= {"eval_stderr": metrics["accuracy_stderr"], "eval_problems": metrics["problems"],
+                   "eval_lenient_accuracy": metrics["lenient_accuracy"], "eval_response_length": metrics["response_length"],
+                   "eval_truncated_fraction": metrics["truncated_fraction"], "time_evaluation": time.perf_counter() - started}
+    log_step(args, record, run.last_step)
+    if lookup(record, ACCURACY) is not None:
+        plot_runs([args.output_dir], Path(args.output_dir, "curves.png"))
+    if step and args.save_frequency and step % args.save_frequency == 0:
+        save_checkpoint(Path(args.output_dir, checkpoint), run.model, run.tokenizer, run.optimizer, step)
+    if step and step == run.last_step:
+        save_checkpoint(Path(args.output_dir, "final_model"), run.model, run.tokenizer)
+        first = read_metrics(args.output_dir)[0]
+        print(f"done: accuracy {lookup(first, ACCURACY):.3f} -> {lookup(record, ACCURACY):.3f} on {record['eval_problems']} unseen problems; "
+              f"{args.output_dir}/final_model, curves.png, metrics.jsonl, samples.jsonl")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 11. Supervised fine-tuning
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def sft_update(run, examples, learning_rate):
+    """One optimizer update on (prompt_ids, response_ids) pairs. Returns the update's metrics; its loss is in nats per token."""
+    batch = batch_token_ids([p for p, _ in examples], [r for _, r in examples], run.tokenizer.pad_token_id or run.tokenizer.eos_token_id)
+    batch = {name: tensor.to(run.args.device) for name, tensor in batch.items()}
+    tokens, loss_sum, entropy_sum = int(batch["response_mask"].sum()), 0.0, 0.0
+    for micro in microbatches(run.args, batch):
+        with autocast(run.args):
+            out = get_response_log_probs(run.model, micro["input_ids"], micro["labels"], return_token_entropy=True)
+        loss, _ = sft_microbatch_train_step(out["log_probs"], micro["response_mask"], len(examples) / len(micro["labels"]),
+                                            normalize_constant=tokens / len(examples))
+        loss_sum += loss.item()
+        entropy_sum += masked_normalize(out["token_entropy"], micro["response_mask"], 1.0).item()
+    grad_norm = optimizer_step(run, learning_rate)
+    return {"loss": loss_sum, "entropy_sum": entropy_sum, "clipped": 0, "tokens": tokens, "grad_norm": grad_norm}
+
+
+def train_sft(args):
+    """Supervised fine-tuning on reasoning traces; an end-of-sequence after each teaches the model to stop."""
+    run = start_training(args)
+    traces = load_traces(args.sft_data, args.prompt, run.reward_fn)
+    if args.n_sft_examples > len(traces):
+        raise UserError(f"--n_sft_examples {args.n_sft_examples}: {args.sft_data} has {len(traces)}")
+    if args.n_sft_examples:
+        traces = random.Random(seed_for(args.seed, 0, "traces")).sample(traces, args.n_sft_examples)
+    prompt_ids = run.tokenizer([t["prompt"] for t in traces])["input_ids"]
+    response_ids = run.tokenizer([t["response"] for t in traces], add_special_tokens=False)["input_ids"]
+    examples = [(p, r + [run.tokenizer.eos_token_id]) for p, r in zip(prompt_ids, response_ids) if len(p) + len(r) < args.max_length]
+    print(f"{len(examples)} traces from {args.sft_data}; {len(traces) - len(examples)} longer than {args.max_length} tokens dropped")
+    if not examples:
+        raise UserError(f"{args.sft_data}: every trace is longer than --max_length {args.max_length} tokens")
+    per_epoch = math.ceil(len(examples) / args.train_batch_size)
+    start_logging(run, args.sft_epochs * per_epoch)
+
+    for step in range(1, run.last_step + 1):
+        started = time.perf_counter()
+        epoch, i = divmod(step - 1, per_epoch)
+        shuffled = random.Random(seed_for(args.seed, epoch, "order of traces")).sample(examples, len(examples))
+        learning_rate = learning_rate_at(args, step, run.last_step)
+        metrics = update_metrics([sft_update(run, shuffled[i * args.train_batch_size:(i + 1) * args.train_batch_size], learning_rate)])
+        seconds = time.perf_counter() - started
+        metrics["train/loss"] = metrics.pop("loss")
+        finish_step(run, {"step": step, "time": seconds, "time_training": seconds, "train/learning_rate": learning_rate, **metrics},
+                    checkpoint=f"checkpoint-{step}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 12. Expert iteration: sample, keep what is right, fine-tune on it, repeat
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def train_expert_iteration(args):
+    """The handout's Algorithm 2. Fine-tuning on correct samples alone is a policy gradient with reward 0 or 1 and no baseline."""
+    run = start_training(args)
+    problems = load_sampling_problems(run, args.train_data)
+    draw_problems(run, problems, args.ei_batch_size, 0)         # raises now if there are too few
+    start_logging(run, args.n_ei_steps)
+
+    for step in range(1, run.last_step + 1):
+        started = time.perf_counter()
+        rollouts, repeated = sample_for_training(run, draw_problems(run, problems, args.ei_batch_size, step), args.num_rollouts, step)
+        sampled = time.perf_counter()
+        rewards = grade_responses(run.reward_fn, [r.text for r in rollouts], [p["answer"] for p in repeated])
+        graded = time.perf_counter()
+        log_generations(Path(args.output_dir, "samples.jsonl"), step, "training", rollouts, rewards, repeated)
+
+        correct = [(r.prompt_ids, r.response_ids) for r, reward in zip(rollouts, rewards) if reward["reward"] == 1]
+        learning_rate = learning_rate_at(args, step, run.last_step)
+        updates = []
+        for epoch in range(args.sft_epochs):
+            shuffled = random.Random(seed_for(args.seed, step, f"epoch {epoch}")).sample(correct, len(correct))
+            for i in range(0, len(correct), args.train_batch_size):
+                updates.append(sft_update(run, shuffled[i:i + args.train_batch_size], learning_rate))
+        metrics = update_metrics(updates) if updates else {"loss": None}
+        if not updates:
+            print(f"step {step}: none of {len(rollouts)} samples is right, so there is nothing to learn from")
+        trained = time.perf_counter()
+        metrics["ei/sft_loss"] = metrics.pop("loss")
+        finish_step(run, {"step": step, "time": trained - started, "time_sampling": sampled - started, "time_grading": graded - sampled,
+                          "time_training": trained - graded, "ei/avg_reward": sum(r["reward"] for r in rewards) / len(rewards),
+                          "train_reward_format": sum(r["format_reward"] for r in rewards) / len(rewards),
+                          "ei/filtered_samples": len(correct), "learning_rate": learning_rate,
+                          **sampling_metrics(rollouts, sampled - started), **metrics},
+                    checkpoint=f"checkpoint_ei_step_{step}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 13. GRPO: sample a group per question, compare within the group, policy gradient
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def grpo_update(run, batch, learning_rate):
+    """One optimizer update on a train batch: tensors (B, T), with "raw_rewards" and "advantages" (B, 1) and, off-policy, "old_log_probs"."""
+    args, totals = run.args, {"loss": 0.0, "entropy_sum": 0.0, "clipped": 0, "tokens": int(batch["response_mask"].sum())}
+    for micro in microbatches(args, batch):
+        with autocast(args):
+            out = get_response_log_probs(run.model, micro["input_ids"], micro["labels"], True, args.sampling_temperature)
+        old_log_probs = micro.get("old_log_probs", out["log_probs"].detach())       # on-policy the old policy is this one
+        loss, metadata = grpo_microbatch_train_step(
+            out["log_probs"], micro["response_mask"], len(batch["labels"]) / len(micro["labels"]), args.loss_type, micro["raw_rewards"],
+            micro["advantages"], old_log_probs, args.cliprange,
+            args.sampling_max_tokens if args.length_normalization == "masked_normalize" else None)
+        totals["loss"] += loss.item()
+        totals["entropy_sum"] += masked_normalize(out["token_entropy"], micro["response_mask"], 1.0).item()
+        if "clipped" in metadata:
+            totals["clipped"] += masked_normalize(metadata["clipped"].float(), micro["response_mask"], 1.0).item()
+    return totals | {"grad_norm": optimizer_step(run, learning_rate)}
+
+
+def train_grpo(args):
+    """The handout's Algorithm 3. One step: N rollouts, then one update per train batch and epoch; more than one makes it off-policy."""
+    run = start_training(args)
+    problems = load_sampling_problems(run, args.train_data)
+    prompts_per_step = args.rollout_batch_size // args.group_size
+    draw_problems(run, problems, prompts_per_step, 0)           # raises now if there are too few
+    off_policy = args.epochs_per_rollout_batch * (args.rollout_batch_size // args.train_batch_size) > 1
+    start_logging(run, args.n_grpo_steps)
+
+    for step in range(1, run.last_step + 1):
+        started = time.perf_counter()
+        rollouts, repeated = sample_for_training(run, draw_problems(run, problems, prompts_per_step, step), args.group_size, step)
+        sampled = time.perf_counter()
+        advantages, raw_rewards, graded = compute_group_normalized_rewards(
+            run.reward_fn, [r.text for r in rollouts], [p["answer"] for p in repeated], args.group_size, args.advantage_eps,
+            args.use_std_normalization and args.group_size > 1)
+        time_grading = time.perf_counter() - sampled
+        log_generations(Path(args.output_dir, "samples.jsonl"), step, "training", rollouts, graded["rewards"], repeated)
+
+        batch = batch_token_ids([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts],
+                                run.tokenizer.pad_token_id or run.tokenizer.eos_token_id)
+        batch |= {"raw_rewards": raw_rewards[:, None], "advantages": advantages[:, None]}           # (N, 1)
+        batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
+        if off_policy:          # π_old is the policy before the first update: its log-probs are computed once, for the whole rollout batch
+            old_log_probs = torch.zeros(batch["labels"].shape, device=args.device)
+            with torch.no_grad(), autocast(args):
+                for rows in torch.arange(len(rollouts)).split(args.train_batch_size // args.gradient_accumulation_steps):
+                    micro = take(batch, rows)
+                    out = get_response_log_probs(run.model, micro["input_ids"], micro["labels"], temperature=args.sampling_temperature)
+                    old_log_probs[rows, :out["log_probs"].shape[1]] = out["log_probs"]
+            batch["old_log_probs"] = old_log_probs
+
+        learning_rate, updates = learning_rate_at(args, step, run.last_step), []
+        for epoch in range(args.epochs_per_rollout_batch):
+            order = torch.randperm(len(rollouts), generator=torch.Generator().manual_seed(seed_for(args.seed, step, f"epoch {epoch}")))
+            for rows in order.split(args.train_batch_size):
+                updates.append(grpo_update(run, take(batch, rows), learning_rate))
+        finished = time.perf_counter()
+        finish_step(run, {"step": step, "time": finished - started, "time_sampling": sampled - started, "time_grading": time_grading,
+                          "time_training": finished - sampled - time_grading, "train_reward_total": graded["reward_mean"],
+                          "train_reward_format": graded["format_reward_mean"], "train_reward_answer": graded["answer_reward_mean"],
+                          "advantage_std": advantages.std(correction=0).item(), "equal_reward_groups": graded["equal_reward_groups"],
+                          "learning_rate": learning_rate, **sampling_metrics(rollouts, sampled - started), **update_metrics(updates)},
+                    checkpoint=f"checkpoint_step_{step}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 14. Evaluation as a run, and main
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def run_eval(args):
+    """Evaluates a model, or answers one question. Writes baseline_results_summary.json and samples.jsonl."""
+    run = load_run(args)
+    if args.question is not None:
+        run.sampler.load_weights(run.model)
+        prompt_ids = run.tokenizer(format_prompt(args.prompt, args.question))["input_ids"]
+        for rollout in run.sampler.generate([prompt_ids], args.eval_samples, args.eval_temperature, args.sampling_max_tokens,
+                                            args.sampling_min_tokens, run.stop, seed_for(args.seed, 0, "question")):
+            print(rollout.text.strip())
+        return
+    problems = load_val_problems(run)
+    open_output_dir(args)
+    summary = {"model": args.model, "prompt": args.prompt, "temperature": args.eval_temperature, "seed": args.seed}
+    summary |= evaluate_run(run, problems, args.eval_samples, 0)
+    Path(args.output_dir, "baseline_results_summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    counts = summary["categories"]
+    print(f"accuracy {summary['accuracy']:.3f} ±{summary['accuracy_stderr']:.3f} (n={summary['problems']}), right answer in any format "
+          f"{summary['lenient_accuracy']:.3f}, format {summary['format_reward']:.3f}, length {summary['response_length']:.1f} tokens, "
+          f"cut off {summary['truncated_fraction']:.1%}")
+    print(f"format and answer right: {counts['format_and_answer']}   format only: {counts['format_only']}   neither: {counts['neither']}")
+    print("   ".join(f"pass@{k} {value:.3f}" for k, value in summary["pass_at_k"].items()))
+    print(f"{args.output_dir}/baseline_results_summary.json, samples.jsonl")
+
+
+def main(argv=None):
+    """Runs the command line. A user's mistake ends in one sentence and exit code 2."""
+    try:
+        args = parse_args(argv)
+        if args.plot:
+            plot_runs(args.plot, "compare.png")
+            print("compare.png")
+        else:
+            {"eval": run_eval, "sft": train_sft, "ei": train_expert_iteration, "grpo": train_grpo}[args.algo](args)
+    except UserError as error:
+        print(f"align.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:            # no space, no permission, a folder that vanished
+        print(f"align.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
