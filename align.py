@@ -41,6 +41,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils import logging as transformers_logging
 
 
 class UserError(ValueError):
@@ -65,7 +66,7 @@ PRESETS = {
         sft=dict(learning_rate=3e-4, train_batch_size=32, sft_epochs=8, validation_frequency=8, save_frequency=500),
         ei=dict(learning_rate=3e-4, train_batch_size=64, n_ei_steps=8, ei_batch_size=256, num_rollouts=4, sft_epochs=2,
                 validation_frequency=1, save_frequency=4),
-        grpo=dict(learning_rate=3e-4, n_grpo_steps=60, rollout_batch_size=512, train_batch_size=512, group_size=8,
+        grpo=dict(learning_rate=6e-4, n_grpo_steps=50, rollout_batch_size=512, train_batch_size=512, gradient_accumulation_steps=8, group_size=8,
                   validation_frequency=10, save_frequency=50),
     ),
     # Qwen2.5-Math-1.5B on MATH with the handout's hyperparameters; one 80 GB GPU, hours.
@@ -518,10 +519,11 @@ def compute_group_normalized_rewards(reward_fn, rollout_responses, repeated_grou
     raw_rewards = torch.tensor([r["reward"] for r in rewards], dtype=torch.float32)
     groups = raw_rewards.view(-1, group_size)                                       # (prompts, G)
     advantages = groups - groups.mean(dim=1, keepdim=True)
-    equal = groups.amax(dim=1) == groups.amin(dim=1)
-    advantages[equal] = 0.0         # the mean of equal floats can be off by an ulp, and dividing by a tiny std would blow that up
     if normalize_by_std:
         advantages = advantages / (groups.std(dim=1, keepdim=True) + advantage_eps)
+    # The mean of equal floats can be off by an ulp and their std is 0, so equal rewards are set to advantage 0, not computed to it.
+    equal = groups.amax(dim=1) == groups.amin(dim=1)
+    advantages[equal] = 0.0
     means = {f"{key}_mean": sum(r[key] for r in rewards) / len(rewards) for key in ("reward", "format_reward", "answer_reward")}
     metadata = {**means, "reward_std": raw_rewards.std(correction=0).item(), "reward_max": raw_rewards.max().item(),
                 "reward_min": raw_rewards.min().item(), "equal_reward_groups": int(equal.sum()), "rewards": rewards}
@@ -903,12 +905,15 @@ def load_run(args):
         from prepare_data import prepare_arithmetic
         prepare_arithmetic("data/arithmetic")
     from safetensors import SafetensorError
+    if Path(args.model).is_dir():
+        transformers_logging.disable_progress_bar()     # only a download is slow enough to need one
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         # float32 masters even on a GPU: at lr 1e-5 most AdamW steps are below half a bfloat16 ulp of the weight and would vanish.
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {args.model} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    transformers_logging.disable_progress_bar()
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {args.model}: its tokenizer has no end-of-sequence token")
     model.to(args.device).eval()            # eval for good: dropout would make π differ from the policy that sampled

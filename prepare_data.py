@@ -31,14 +31,15 @@ from align import PROMPTS
 # 1. Problems and traces
 # ----------------------------------------------------------------------------------------------------------------------
 
-N_TRAIN, N_TEST, N_SFT = 8192, 1024, 256    # problems for RL, unseen problems for evaluation, clean traces for SFT
+N_OPERATIONS = 4
+N_TRAIN, N_TEST, N_SFT = 8192, 1024, 64    # problems for RL, unseen problems for evaluation, clean traces for SFT
 
 
 def make_problem(rng):
     """(question, steps, answer), e.g. ("What is 7+5-3+6?", ["7+5=12", "12-3=9", "9+6=15"], 15). No running total is negative."""
     total = rng.randint(1, 9)
     expression, steps = str(total), []
-    for _ in range(3):
+    for _ in range(N_OPERATIONS):
         operand = rng.randint(1, 9)
         operator = rng.choice("+-") if total >= operand else "+"
         result = total + operand if operator == "+" else total - operand
@@ -56,7 +57,7 @@ def make_trace(steps, answer):
 # 2. The corpus of the base model: right format or not, steps or a guess, slips
 # ----------------------------------------------------------------------------------------------------------------------
 
-P_CHAT, P_TAGS, P_STEPS, P_SLIP = 0.7, 0.5, 0.6, 0.04
+P_CHAT, P_TAGS, P_STEPS, P_SLIP = 0.7, 0.5, 0.65, 0.07
 
 
 def make_document(rng, test_questions):

@@ -1,0 +1,801 @@
+"""The specification of align.py, in the order of its sections: what each part promises, checked against values derived by hand,
+brute force over small cases, and real runs of the embedded setting.
+
+    pytest test_align.py              # about three minutes on two cores; makes data/arithmetic/ first if it is not there
+    pytest test_align.py -k "not run" # the mathematics alone, seconds
+"""
+
+import collections
+import doctest
+import itertools
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import align
+import prepare_data
+
+ROOT = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    """The folder of the embedded setting, made by prepare_data.py as a user's would be."""
+    prepare_data.prepare_arithmetic(ROOT / "data/arithmetic")
+    return ROOT / "data/arithmetic"
+
+
+@pytest.fixture(scope="session")
+def base(embedded):
+    """(model, tokenizer) of the tiny base model."""
+    return AutoModelForCausalLM.from_pretrained(embedded / "base_model").eval(), AutoTokenizer.from_pretrained(embedded / "base_model")
+
+
+def random_model(vocab_size, seed=0, **config):
+    """A Llama of width 16 with random weights large enough that its distributions are far from uniform."""
+    torch.manual_seed(seed)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, bos_token_id=None, eos_token_id=0, pad_token_id=0,
+                                         initializer_range=0.4, **sizes | config))
+    return model.eval()
+
+
+def word_tokenizer(*words):
+    """A tokenizer with one token per word; id 0 is the end of sequence and also the padding, as in many real models."""
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<eos>", *words])}, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+
+
+def gradients(model):
+    """All gradients of a model as one vector, and resets them."""
+    flat = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    return flat
+
+
+def close(a, b, tolerance=1e-5):
+    """Relative closeness of two vectors."""
+    return (a - b).norm() <= tolerance * max(a.norm(), b.norm())
+
+
+def align_command(*argv, cwd=ROOT, code=0):
+    """Runs `python align.py …` in a process of its own; checks the exit code and returns the process."""
+    env = os.environ | {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, str(ROOT / "align.py"), *map(str, argv)], cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in open(Path(folder, "metrics.jsonl"))]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 0. The module
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_import_has_no_side_effects_and_needs_no_vllm_and_no_gpu(tmp_path):
+    code = "import sys, align; print(sorted({'vllm', 'wandb', 'flash_attn', 'matplotlib'} & set(sys.modules)), end='')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+                          capture_output=True, text=True, check=True)
+    assert done.stdout == "[]" and list(tmp_path.iterdir()) == []
+
+
+def test_the_examples_in_the_docstrings_are_true():
+    result = doctest.testmod(align)
+    assert result.attempted >= 2 and result.failed == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Arguments
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_flag_beats_the_preset_and_hyphens_mean_underscores():
+    assert align.parse_args(["--algo", "grpo", "--preset", "tiny"]).group_size == 8
+    args = align.parse_args(["--algo=grpo", "--preset=tiny", "--group-size=4", "--use-std-normalization", "false"])
+    assert args.group_size == 4 and args.use_std_normalization is False and args.output_dir == "grpo_output"
+
+
+def test_the_math_preset_holds_the_hyperparameters_of_the_handout():
+    args = align.parse_args(["--algo", "grpo", "--preset", "math"])
+    assert (args.n_grpo_steps, args.learning_rate, args.rollout_batch_size, args.group_size, args.train_batch_size,
+            args.gradient_accumulation_steps, args.epochs_per_rollout_batch, args.sampling_min_tokens, args.sampling_max_tokens,
+            args.sampling_temperature, args.advantage_eps, args.loss_type, args.use_std_normalization) == (
+                200, 1e-5, 256, 8, 256, 128, 1, 4, 1024, 1.0, 1e-6, "reinforce_with_baseline", True)
+
+
+@pytest.mark.parametrize("argv, complaint", [
+    ([], "--algo"),
+    (["--algo", "grpo", "--rollout_batch_size", "30", "--group_size", "8"], "--group_size 8 does not divide --rollout_batch_size 30"),
+    (["--algo", "grpo", "--rollout_batch_size", "64", "--train_batch_size", "48"], "--train_batch_size 48 does not divide"),
+    (["--algo", "sft", "--train_batch_size", "30", "--gradient_accumulation_steps", "4"], "--gradient_accumulation_steps 4 does not divide"),
+    (["--algo", "sft", "--group_size", "4"], "--group_size is not used by --algo sft"),
+    (["--algo", "grpo", "--cliprange", "0.1"], "--cliprange is only used with --loss_type grpo_clip"),
+    (["--algo", "grpo", "--group_size", "1"], "--group_size 1 leaves no group"),
+    (["--algo", "grpo", "--learning_rate", "nan"], "nan"),
+    (["--algo", "grpo", "--group_size", "0"], "0 is below 1"),
+    (["--algo", "grpo", "--grop_size", "8"], "did you mean --group_size?"),
+    (["--algo", "dpo"], "invalid choice: 'dpo'"),
+    (["--algo", "eval", "--sampling_min_tokens", "99", "--sampling_max_tokens", "9"], "--sampling_min_tokens 99 is above"),
+])
+def test_a_wrong_flag_is_one_clear_sentence(argv, complaint):
+    with pytest.raises(align.UserError) as error:
+        align.parse_args(argv)
+    assert complaint in str(error.value) and "\n" not in str(error.value)
+
+
+def test_help_shows_every_knob_with_the_defaults_of_both_presets():
+    text = " ".join(align.build_parser()[0].format_help().split())
+    for flag in align.build_parser()[1]:
+        assert f"--{flag}" in text
+    assert "[math: 1e-05]" in text and "[tiny: 512] [math: 256]" in text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2 and 3. Prompts and data
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_end_where_the_response_begins_and_leave_braces_alone():
+    question = r"What is \frac{1}{2} of {question}?"
+    assert align.format_prompt("r1_zero", question).endswith(f"User: {question}\nAssistant: <think>")
+    assert align.format_prompt("question_only", question) == question
+
+
+@pytest.mark.parametrize("content, complaint", [
+    ("", "holds no records"),
+    ('{"problem": "1+1?", "answer": "2"}\n{"problem": ', "line 2: not valid JSON"),
+    ('{"problem": "1+1?"}\n', "line 1: needs non-empty strings under 'problem' and 'answer'"),
+    ('{"problem": "1+1?", "answer": " "}\n', "line 1: needs non-empty"),
+    ('{"problem": "1+1?", "answer": 2}\n', "line 1: needs non-empty"),
+    ('["1+1?", "2"]\n', "line 1: needs non-empty"),
+    (b"\xff\xfe{}", "cannot be read"),
+])
+def test_malformed_data_is_named_with_file_and_line(tmp_path, content, complaint):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(align.UserError) as error:
+        align.load_problems(path, "tiny")
+    assert complaint in str(error.value) and str(path) in str(error.value)
+
+
+def test_missing_math_data_names_the_command_that_makes_it():
+    with pytest.raises(align.UserError, match="python prepare_data.py --dataset math"):
+        align.load_problems("data/MATH/nowhere.jsonl", "r1_zero")
+
+
+def test_traces_get_their_prompt_at_load_time_and_must_have_the_answer_format(tmp_path):
+    path = tmp_path / "sft.jsonl"
+    good = {"problem": "1+1?", "response": " 2 </think> <answer> 2 </answer>", "answer": "2"}
+    ready = {"prompt": "Q: 1+1?", "response": " 2 </think> <answer> 2 </answer>"}
+    path.write_text(f"{json.dumps(good)}\n{json.dumps(ready)}\n")
+    assert [t["prompt"] for t in align.load_traces(path, "tiny", align.r1_zero_reward_fn)] == ["User: 1+1?\nAssistant: <think>", "Q: 1+1?"]
+    path.write_text(f"{json.dumps(good)}\n{json.dumps(good | {'response': 'It is 2.'})}\n")
+    with pytest.raises(align.UserError, match="line 2: the response has not the answer format"):
+        align.load_traces(path, "tiny", align.r1_zero_reward_fn)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Grading
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer, truth, right", [
+    ("12", "12", True), ("012", "12", True), ("13", "12", False), ("-3", "3", False), ("$12$", "12", True), ("", "12", False),
+    ("0.5", r"\frac{1}{2}", True), (r"\frac{2}{4}", r"\frac12", True), ("(3,-1)", "(3, -1)", True), ("(-1,3)", "(3,-1)", False),
+    ("1+x^2", "x^2+1", True), ("x^2-1", "x^2+1", False), (r"3\sqrt{2}", r"\sqrt{18}", True),
+])
+def test_answers_are_compared_by_meaning(answer, truth, right):
+    assert align.grade(answer, truth) is right
+
+
+@pytest.mark.parametrize("response, format_reward, answer_reward", [
+    (" 7+5=12 </think> <answer> 12 </answer>", 1, 1),
+    (" 7+5=13 </think> <answer> 13 </answer>", 1, 0),
+    (" 7+5=12. So it is 12.", 0, 0),                                                    # right, but not in the format
+    (" 7+5=12 </think><answer> 12 </answer>", 0, 0),                                    # the handout's format has a space there
+    (" </think> <answer> 12 </answer> or rather 13", 0, 0),                             # goes on after the end
+    (" </think> <answer> 11 </answer> </think> <answer> 12 </answer>", 0, 0),           # two guesses
+    (" </think> <answer> 12", 0, 0),                                                    # cut off
+    (" <answer> </think> <answer> 12 </answer>", 0, 0),
+])
+def test_r1_zero_reward_wants_the_format_and_the_answer(response, format_reward, answer_reward):
+    assert align.r1_zero_reward_fn(response, "12") == {"reward": answer_reward, "format_reward": format_reward, "answer_reward": answer_reward}
+
+
+def test_question_only_reward_takes_the_last_box_with_balanced_braces():
+    assert align.question_only_reward_fn(r"so \boxed{3}, no, \boxed{\frac{1}{2}}.", "0.5")["reward"] == 1
+    assert align.question_only_reward_fn(r"so \boxed{\frac{1}{2}", "0.5") == {"reward": 0, "format_reward": 0, "answer_reward": 0}
+    assert align.question_only_reward_fn("so 0.5", "0.5")["format_reward"] == 0
+
+
+def test_lenient_accuracy_ignores_the_format_only():
+    assert align.lenient_correct("It is 12.", "12") and align.lenient_correct(r"\boxed{12}", "12")
+    assert align.lenient_correct("<answer> 12 </answer> <answer> 12 </answer>", "12")
+    assert not align.lenient_correct("12, no, it is 13.", "12") and not align.lenient_correct("no idea", "12")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Tokens and masks
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_batch_of_the_docstring():
+    batch = align.batch_token_ids([[5, 6]], [[7, 8]], pad_id=0)
+    assert {k: v.tolist() for k, v in batch.items()} == {"input_ids": [[5, 6, 7]], "labels": [[6, 7, 8]], "response_mask": [[False, True, True]]}
+
+
+def test_the_mask_covers_exactly_the_response_even_where_it_holds_the_pad_id():
+    rng = random.Random(0)
+    prompts = [[rng.randrange(4) for _ in range(rng.randint(1, 6))] for _ in range(50)]
+    outputs = [[rng.randrange(4) for _ in range(rng.randint(0, 6))] for _ in range(50)]         # ids 0 to 3, pad id 0
+    batch = align.batch_token_ids(prompts, outputs, pad_id=0)
+    for i, output in enumerate(outputs):
+        assert batch["labels"][i][batch["response_mask"][i]].tolist() == output
+        assert batch["response_mask"][i].nonzero().flatten().tolist() == list(range(len(prompts[i]) - 1, len(prompts[i]) - 1 + len(output)))
+
+
+def test_tokenize_prompt_and_output_tokenises_apart_and_pads_on_the_right():
+    tokenizer = word_tokenizer("a", "b", "c")
+    batch = align.tokenize_prompt_and_output(["a b", "a"], ["c", "b c c"], tokenizer)
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [1, 2, 3]]
+    assert batch["labels"].tolist() == [[2, 3, 0], [2, 3, 3]]
+    assert batch["response_mask"].tolist() == [[False, True, False], [True, True, True]]
+
+
+def test_prompt_and_output_keep_their_token_border_where_joint_tokenisation_would_merge_it(base):
+    _, tokenizer = base
+    batch = align.tokenize_prompt_and_output(["What is 7+5"], ["What is 1?"], tokenizer)
+    joint = tokenizer("What is 7+5What is 1?")["input_ids"]
+    apart = tokenizer("What is 7+5")["input_ids"] + tokenizer("What is 1?")["input_ids"]
+    assert batch["labels"][0][batch["response_mask"][0]].tolist() == tokenizer("What is 1?")["input_ids"]
+    assert batch["input_ids"][0].tolist() == apart[:-1] and tokenizer.decode(apart) == tokenizer.decode(joint)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Log-probs and entropy
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_entropy_of_known_distributions():
+    logits = torch.tensor([[[0.0, 0, 0, 0], [0, 0, -math.inf, -math.inf], [1000, 0, 0, 0]]])
+    assert torch.allclose(align.compute_entropy(logits), torch.tensor([[math.log(4), math.log(2), 0.0]]))
+    assert align.compute_entropy(logits.bfloat16()).dtype == torch.float32
+
+
+def test_log_probs_are_the_models_own_token_by_token():
+    model = random_model(11)
+    ids = torch.randint(11, (3, 8), generator=torch.Generator().manual_seed(1))
+    out = align.get_response_log_probs(model, ids[:, :-1], ids[:, 1:], return_token_entropy=True)
+    for i, t in itertools.product(range(3), range(7)):
+        p = model(ids[i:i + 1, :t + 1]).logits[0, -1].double().softmax(-1)
+        assert out["log_probs"][i, t].item() == pytest.approx(p[ids[i, t + 1]].log().item(), abs=1e-5)
+        assert out["token_entropy"][i, t].item() == pytest.approx(-(p * p.log()).sum().item(), abs=1e-5)
+    assert set(align.get_response_log_probs(model, ids[:, :-1], ids[:, 1:])) == {"log_probs"}
+    assert not out["token_entropy"].requires_grad and out["log_probs"].requires_grad
+
+
+def test_log_probs_follow_the_sampling_temperature():
+    model = random_model(11)
+    ids = torch.randint(11, (2, 5), generator=torch.Generator().manual_seed(1))
+    hot = align.get_response_log_probs(model, ids[:, :-1], ids[:, 1:], temperature=2.0)["log_probs"]
+    expected = (model(ids[:, :-1]).logits / 2).log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    assert torch.allclose(hot, expected)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Losses
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_masked_sums_and_means_by_hand():
+    tensor = torch.tensor([[1.0, 2, math.inf], [4, 5, 6]])
+    mask = torch.tensor([[1, 1, 0], [0, 1, 0]])
+    assert align.masked_normalize(tensor, mask, 4.0).item() == 2                    # (1 + 2 + 5) / 4
+    assert align.masked_normalize(tensor, mask, 2.0, dim=1).tolist() == [1.5, 2.5]
+    assert align.masked_mean(tensor, mask).item() == pytest.approx(8 / 3)
+    assert align.masked_mean(tensor, mask, dim=0)[:2].tolist() == [1, 3.5]
+    assert align.masked_mean(tensor, mask, dim=0)[2].isnan()                        # no element, no mean
+
+
+def test_sft_step_by_hand():
+    log_probs = torch.tensor([[-1.0, -2, -3], [-4, -5, -6]], requires_grad=True)
+    loss, metadata = align.sft_microbatch_train_step(log_probs, torch.tensor([[0, 1, 1], [0, 0, 1]]), 2, normalize_constant=10.0)
+    assert loss.item() == pytest.approx((5 / 10 + 6 / 10) / 2 / 2) and int(metadata["response_tokens"]) == 3
+    assert torch.allclose(log_probs.grad, torch.tensor([[0, -0.025, -0.025], [0, 0, -0.025]]))      # −1 / (10 · 2 · 2)
+
+
+def reward_is_the_text(response, truth):
+    return {"reward": float(response), "format_reward": 1.0, "answer_reward": float(response)}
+
+
+def test_group_advantages_by_hand():
+    responses = ["1", "0", "0", "0", "1", "1", "1", "1"]
+    advantages, raw_rewards, metadata = align.compute_group_normalized_rewards(reward_is_the_text, responses, [""] * 8, 4, 0.0, True)
+    # mean 1/4; unbiased variance (9/16 + 3/16) / 3 = 1/4, so the standard deviation is 1/2
+    assert torch.allclose(advantages, torch.tensor([1.5, -0.5, -0.5, -0.5, 0, 0, 0, 0]))
+    assert raw_rewards.tolist() == [1, 0, 0, 0, 1, 1, 1, 1]
+    assert metadata["reward_mean"] == 5 / 8 and metadata["equal_reward_groups"] == 1
+    plain, _, _ = align.compute_group_normalized_rewards(reward_is_the_text, responses, [""] * 8, 4, 0.0, False)
+    assert torch.allclose(plain, torch.tensor([0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0]))
+    with_eps, _, _ = align.compute_group_normalized_rewards(reward_is_the_text, responses, [""] * 8, 4, 0.5, True)
+    assert torch.allclose(with_eps, plain / torch.tensor([1.0] * 4 + [0.5] * 4))
+
+
+def test_equal_rewards_give_exactly_zero_advantage_whatever_the_rounding():
+    advantages, _, _ = align.compute_group_normalized_rewards(reward_is_the_text, ["0.1"] * 7, [""] * 7, 7, 1e-6, True)
+    assert advantages.tolist() == [0.0] * 7
+
+
+def test_groups_must_fit():
+    for n, group_size, by_std in ((6, 4, True), (4, 1, True), (4, 0, False)):
+        with pytest.raises(ValueError):
+            align.compute_group_normalized_rewards(reward_is_the_text, ["1"] * n, [""] * n, group_size, 1e-6, by_std)
+
+
+def test_clip_loss_by_hand():
+    ratio = torch.tensor([[0.5, 1.0, 1.5]])
+    for advantage, loss, clipped in ((2.0, [-1.0, -2.0, -2.4], [False, False, True]),       # a good response: no further up than 1.2
+                                     (-2.0, [1.6, 2.0, 3.0], [True, False, False])):        # a bad one: no further down than 0.8
+        got, metadata = align.compute_grpo_clip_loss(torch.tensor([[advantage]]), ratio.log(), torch.zeros(1, 3), 0.2)
+        assert torch.allclose(got, torch.tensor([loss])) and metadata["clipped"].tolist() == [clipped]
+
+
+def test_a_clipped_token_has_no_gradient():
+    log_probs = torch.tensor([[0.5, 1.0, 1.5]]).log().requires_grad_()
+    align.compute_grpo_clip_loss(torch.tensor([[2.0]]), log_probs, torch.zeros(1, 3), 0.2)[0].sum().backward()
+    assert torch.allclose(log_probs.grad, torch.tensor([[-1.0, -2.0, 0.0]]))                # −ρA where not clipped
+
+
+def test_on_policy_all_losses_have_reinforces_gradient():
+    advantages, mask = torch.tensor([[1.5], [-0.5]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    grads = {}
+    for loss_type in ("reinforce_with_baseline", "grpo_clip", "grpo_no_clip", "no_baseline"):
+        log_probs = torch.tensor([[-1.0, -2, -3], [-4, -5, -6]], requires_grad=True)
+        align.grpo_microbatch_train_step(log_probs, mask, 1, loss_type, advantages, advantages, log_probs.detach(), 0.2)
+        grads[loss_type] = log_probs.grad
+    for grad in grads.values():
+        assert torch.allclose(grad, torch.tensor([[0, -0.375, -0.375], [1 / 12, 1 / 12, 1 / 12]]))      # −A / (length · 2)
+
+
+def test_missing_arguments_wrong_types_and_wrong_shapes_are_refused():
+    log_probs = torch.zeros(3, 3)
+    with pytest.raises(ValueError, match="old_log_probs, cliprange"):
+        align.compute_policy_gradient_loss(log_probs, "grpo_clip", advantages=torch.zeros(3, 1))
+    with pytest.raises(ValueError, match="'ppo'"):
+        align.compute_policy_gradient_loss(log_probs, "ppo", advantages=torch.zeros(3, 1))
+    for loss_type in align.LOSS_TYPES:          # (3,) against (3, 3) would silently weigh tokens instead of sequences
+        with pytest.raises(ValueError, match=r"\(B, 1\)"):
+            align.compute_policy_gradient_loss(log_probs, loss_type, torch.zeros(3), torch.zeros(3), log_probs, 0.2)
+
+
+def test_equal_rewards_give_exactly_zero_gradient():
+    model = random_model(11)
+    batch = align.batch_token_ids([[1, 2]] * 4, [[3, 4], [5], [6, 7, 8], [9]], 0)
+    advantages, _, _ = align.compute_group_normalized_rewards(reward_is_the_text, ["1"] * 4, [""] * 4, 4, 1e-6, True)
+    log_probs = align.get_response_log_probs(model, batch["input_ids"], batch["labels"])["log_probs"]
+    align.grpo_microbatch_train_step(log_probs, batch["response_mask"], 1, "reinforce_with_baseline", advantages=advantages[:, None])
+    assert gradients(model).abs().max() == 0
+
+
+def test_an_empty_response_costs_nothing_and_poisons_nothing():
+    log_probs = torch.tensor([[-1.0, -2], [-3, -4]], requires_grad=True)
+    mask = torch.tensor([[1, 1], [0, 0]])
+    for constant in (None, 2.0):
+        log_probs.grad = None
+        loss, _ = align.grpo_microbatch_train_step(log_probs, mask, 1, "no_baseline", raw_rewards=torch.ones(2, 1), normalize_constant=constant)
+        assert loss.item() == 0.75 and torch.allclose(log_probs.grad, torch.tensor([[-0.25, -0.25], [0, 0]]))
+
+
+def microbatched_gradient(model, prompts, responses, weights, sizes, step):
+    """The gradient of one train batch, accumulated over microbatches of the given sizes."""
+    start = 0
+    for size in sizes:
+        part = slice(start, start + size)
+        batch = align.batch_token_ids(prompts[part], responses[part], 0)
+        log_probs = align.get_response_log_probs(model, batch["input_ids"], batch["labels"])["log_probs"]
+        step(log_probs, batch["response_mask"], len(prompts) / size, weights[part])
+        start += size
+    return gradients(model)
+
+
+STEPS = {
+    "sft": lambda lp, mask, acc, w: align.sft_microbatch_train_step(lp, mask, acc, 3.0),
+    "masked_mean": lambda lp, mask, acc, w: align.grpo_microbatch_train_step(lp, mask, acc, "reinforce_with_baseline", advantages=w),
+    "masked_normalize": lambda lp, mask, acc, w: align.grpo_microbatch_train_step(lp, mask, acc, "no_baseline", raw_rewards=w, normalize_constant=9),
+    "grpo_clip": lambda lp, mask, acc, w: align.grpo_microbatch_train_step(lp, mask, acc, "grpo_clip", advantages=w, cliprange=0.1,
+                                                                           old_log_probs=lp.detach() + 0.2 * torch.sin(7 * lp.detach())),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_padding_order_and_microbatch_size_never_change_a_gradient(name):
+    rng = random.Random(0)
+    model = random_model(11)
+    prompts = [[rng.randrange(11) for _ in range(rng.randint(1, 5))] for _ in range(6)]
+    responses = [[rng.randrange(11) for _ in range(rng.randint(1, 9))] for _ in range(6)]
+    weights = torch.tensor([[rng.gauss(0, 1)] for _ in range(6)])
+    whole = microbatched_gradient(model, prompts, responses, weights, [6], STEPS[name])
+    assert whole.norm() > 1e-3
+    for sizes in ([1] * 6, [2, 2, 2], [4, 2], [5, 1]):          # unequal microbatches too
+        assert close(microbatched_gradient(model, prompts, responses, weights, sizes, STEPS[name]), whole)
+    order = [3, 1, 5, 0, 4, 2]
+    shuffled = [prompts[i] for i in order], [responses[i] for i in order], weights[order]
+    assert close(microbatched_gradient(model, *shuffled, [6], STEPS[name]), whole)
+    # more padding: a long seventh sequence whose loss is taken away again
+    extra = microbatched_gradient(model, [[1] * 20], [[2] * 20], torch.ones(1, 1), [1], STEPS[name])
+    with_extra = microbatched_gradient(model, prompts + [[1] * 20], responses + [[2] * 20], torch.cat([weights, torch.ones(1, 1)]), [7], STEPS[name])
+    assert close(with_extra * 7 - extra, whole * 6, 1e-4)
+
+
+def test_the_average_estimator_is_the_gradient_of_the_expected_reward():
+    """On a model small enough to enumerate every response (3 words and the end, at most 2 tokens: 13 responses).
+
+    With the loss summed over a response (masked_normalize by 1), the expectation of every estimator over all groups of two is the exact
+    gradient of J = Σ π(y) r(y), up to one known factor: a baseline that contains the response itself shrinks it by (G − 1) / G.
+    """
+    model = random_model(4, num_hidden_layers=1)
+    prompt, words = [1, 2], (1, 2, 3)
+    responses = [[0]] + [[w, v] for w in words for v in (0, *words)]            # 0 ends a response
+    rewards = torch.tensor([0.3, 1.0, 0.0, 0.5, 0.0, 1.0, 1.0, 0.2, 0.0, 0.7, 0.0, 0.1, 0.9])
+
+    def log_prob_rows(chosen):
+        batch = align.batch_token_ids([prompt] * len(chosen), chosen, 0)
+        return align.get_response_log_probs(model, batch["input_ids"], batch["labels"])["log_probs"], batch["response_mask"]
+
+    log_probs, mask = log_prob_rows(responses)
+    probability = align.masked_normalize(log_probs, mask, 1.0, dim=1).exp()
+    assert probability.sum().item() == pytest.approx(1, abs=1e-5)
+    (-(probability * rewards).sum()).backward()                                 # a loss is minus the objective
+    exact = gradients(model)
+
+    for loss_type, factor in (("no_baseline", 1.0), ("reinforce_with_baseline", 0.5), ("grpo_clip", 0.5), ("grpo_no_clip", 0.5)):
+        expected = torch.zeros_like(exact)
+        for i, j in itertools.product(range(len(responses)), repeat=2):
+            log_probs, mask = log_prob_rows([responses[i], responses[j]])
+            advantages, raw_rewards, _ = align.compute_group_normalized_rewards(
+                reward_is_the_text, [str(rewards[i].item()), str(rewards[j].item())], ["", ""], 2, 0.0, False)
+            align.grpo_microbatch_train_step(log_probs, mask, 1, loss_type, raw_rewards[:, None], advantages[:, None], log_probs.detach(), 0.2,
+                                             normalize_constant=1.0)
+            expected += gradients(model) * (probability[i] * probability[j]).detach()
+        assert close(expected, factor * exact, 1e-4), loss_type
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Sampling
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def sample(model, tokenizer, prompt_ids, n=1, temperature=1.0, max_tokens=6, min_tokens=0, stop=None, seed=0, batch_size=512):
+    sampler = align.TorchSampler(tokenizer, batch_size, lambda: align.contextlib.nullcontext())
+    sampler.load_weights(model)
+    return sampler.generate(prompt_ids, n, temperature, max_tokens, min_tokens, stop, seed)
+
+
+def test_sampled_frequencies_and_log_probs_are_those_of_the_model():
+    model, tokenizer = random_model(4), word_tokenizer("a", "b", "c")
+    for temperature in (1.0, 1.7):
+        rollouts = sample(model, tokenizer, [[1, 2]], n=20000, temperature=temperature, max_tokens=2, batch_size=20000)
+        counts = collections.Counter(tuple(r.response_ids) for r in rollouts)
+        total = 0.0
+        for ids in [(0,)] + [(a, b) for a in (1, 2, 3) for b in range(4)]:
+            batch = align.batch_token_ids([[1, 2]], [list(ids)], 0)
+            log_probs = align.get_response_log_probs(model, batch["input_ids"], batch["labels"], temperature=temperature)["log_probs"]
+            p = math.exp(log_probs[batch["response_mask"]].sum().item())
+            total += p
+            assert abs(counts[ids] / 20000 - p) < 5 * math.sqrt(p * (1 - p) / 20000) + 1e-9
+            for rollout in [r for r in rollouts if tuple(r.response_ids) == ids][:3]:
+                assert rollout.log_probs == pytest.approx(log_probs[batch["response_mask"]].tolist(), abs=1e-4)
+        assert total == pytest.approx(1, abs=1e-5)
+
+
+def test_prompts_of_different_lengths_do_not_disturb_each_other(base):
+    model, tokenizer = base
+    prompts = [tokenizer(align.format_prompt("tiny", q))["input_ids"] for q in ("What is 7+5-3+6-2?", "1?", "What is 8-5?")]
+    together = sample(model, tokenizer, prompts, n=3, max_tokens=24, seed=3)
+    for i, prompt in enumerate(prompts):
+        for rollout in together[3 * i:3 * i + 3]:
+            batch = align.batch_token_ids([prompt], [rollout.response_ids], 0)
+            log_probs = align.get_response_log_probs(model, batch["input_ids"], batch["labels"])["log_probs"][batch["response_mask"]]
+            assert rollout.log_probs == pytest.approx(log_probs.tolist(), abs=1e-3)
+
+
+def test_a_response_depends_on_the_seed_and_its_place_alone(base):
+    model, tokenizer = base
+    prompts = [tokenizer(align.format_prompt("tiny", f"What is {a}+5-3+6-2?"))["input_ids"] for a in range(1, 10)]
+    ids = [r.response_ids for r in sample(model, tokenizer, prompts, n=4, max_tokens=32)]
+    assert ids == [r.response_ids for r in sample(model, tokenizer, prompts, n=4, max_tokens=32, batch_size=8)]
+    assert ids[:8] == [r.response_ids for r in sample(model, tokenizer, prompts[:2], n=4, max_tokens=32)]
+    assert ids != [r.response_ids for r in sample(model, tokenizer, prompts, n=4, max_tokens=32, seed=1)]
+    assert len({tuple(i) for i in ids[:4]}) > 1
+
+
+def test_greedy_is_the_argmax_computed_without_a_cache(base):
+    model, tokenizer = base
+    prompt = tokenizer(align.format_prompt("tiny", "What is 7+5-3+6-2?"))["input_ids"]
+    [rollout] = sample(model, tokenizer, [prompt], temperature=0, max_tokens=60)
+    ids = list(prompt)
+    while len(ids) - len(prompt) < len(rollout.response_ids):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert rollout.response_ids == ids[len(prompt):] and rollout.finish_reason == "stop"
+
+
+def test_the_stop_string_ends_a_response_and_stays_in_it(base):
+    model, tokenizer = base
+    prompts = [tokenizer(align.format_prompt("tiny", f"What is {a}+5-3+6-2?"))["input_ids"] for a in range(1, 10)]
+    rollouts = sample(model, tokenizer, prompts, n=8, max_tokens=60, stop="</answer>")
+    stopped = [r for r in rollouts if "</answer>" in r.text]
+    assert 10 < len(stopped) < len(rollouts)
+    assert all(r.text.endswith("</answer>") and r.finish_reason == "stop" for r in stopped)
+    assert all(r.response_ids[-1] == tokenizer.eos_token_id for r in rollouts if r not in stopped and r.finish_reason == "stop")
+    assert all(tokenizer.decode(r.response_ids, skip_special_tokens=True).startswith(r.text) for r in rollouts)
+
+
+def test_text_after_the_stop_string_in_the_same_token_is_not_graded():
+    assert align.cut_at_stop("12 </answer>, or", "</answer>") == "12 </answer>"
+    assert align.cut_at_stop("12 </answer", "</answer>") == "12 </answer" and align.cut_at_stop("12", None) == "12"
+
+
+def test_min_tokens_and_max_tokens_hold():
+    model, tokenizer = random_model(4), word_tokenizer("a", "b", "c")
+    lengths = {len(r.response_ids) for r in sample(model, tokenizer, [[1, 2]], n=500, max_tokens=6, min_tokens=3)}
+    assert lengths <= {4, 5, 6} and 4 in lengths         # the end of sequence is banned for three tokens, and may be the fourth
+    for rollout in sample(model, tokenizer, [[1, 2]], n=500, max_tokens=6):
+        assert (rollout.finish_reason == "stop") == (rollout.response_ids[-1] == 0)
+        assert rollout.finish_reason == "stop" or len(rollout.response_ids) == 6
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. Evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_answer():
+    for n in range(1, 7):
+        for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+            subsets = list(itertools.combinations(range(n), k))
+            assert align.pass_at_k(n, c, k) == pytest.approx(sum(any(i < c for i in s) for s in subsets) / len(subsets))
+
+
+def test_evaluation_counts_agree_with_the_rollouts(base):
+    model, tokenizer = base
+    sampler = align.TorchSampler(tokenizer, 512, lambda: align.contextlib.nullcontext())
+    sampler.load_weights(model)
+    problems = [{"problem": q, "answer": str(eval(q[8:-1])), "prompt_ids": tokenizer(align.format_prompt("tiny", q))["input_ids"]}
+                for q in (f"What is {a}+5-3+{a}-2?" for a in range(1, 10))]
+    metrics, rollouts, rewards = align.evaluate(sampler, problems, align.r1_zero_reward_fn, "</answer>", 8, 1.0, 64, 4, seed=0)
+    per_problem = [sum(r["answer_reward"] for r in rewards[8 * i:8 * i + 8]) / 8 for i in range(9)]
+    mean = sum(per_problem) / 9
+    assert metrics["accuracy"] == pytest.approx(mean) and metrics["pass_at_k"]["1"] == pytest.approx(mean)
+    assert metrics["accuracy_stderr"] == pytest.approx(math.sqrt(sum((p - mean) ** 2 for p in per_problem) / 9 / 9))
+    assert metrics["pass_at_k"]["8"] == sum(p > 0 for p in per_problem) / 9
+    assert sum(metrics["categories"].values()) == 72 and metrics["categories"]["format_and_answer"] == round(72 * mean)
+    assert metrics["lenient_accuracy"] >= metrics["accuracy"] and metrics["format_reward"] >= metrics["accuracy"]
+    assert [align.r1_zero_reward_fn(r.text, p["answer"]) for r, p in zip(rollouts, [p for p in problems for _ in range(8)])] == rewards
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. Logging, plots, checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_output_dir_that_holds_a_run_is_never_overwritten_silently(tmp_path):
+    args = align.parse_args(["--algo", "sft", "--preset", "tiny", "--output_dir", str(tmp_path)])
+    (tmp_path / "notes.txt").write_text("mine")
+    align.open_output_dir(args)
+    with pytest.raises(align.UserError, match="holds a run already"):
+        align.open_output_dir(args)
+    (tmp_path / "final_model").mkdir()
+    args.overwrite, args.model = True, str(tmp_path / "final_model")
+    with pytest.raises(align.UserError, match="would remove --model"):
+        align.open_output_dir(args)
+    args.model = "elsewhere"
+    align.open_output_dir(args)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["args.json", "notes.txt"]
+
+
+def test_a_checkpoint_is_a_hugging_face_folder_that_appears_whole(tmp_path):
+    model, tokenizer = random_model(4), word_tokenizer("a", "b", "c")
+    optimizer = torch.optim.AdamW(model.parameters())
+    align.save_checkpoint(tmp_path / "checkpoint", model, tokenizer, optimizer, step=7)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
+    assert AutoTokenizer.from_pretrained(tmp_path / "checkpoint")("a b")["input_ids"] == [1, 2]
+    assert torch.load(tmp_path / "checkpoint/trainer_state.pt")["step"] == 7
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_gradient_that_is_not_finite_is_dropped_and_counted():
+    args = align.parse_args(["--algo", "sft", "--preset", "tiny"])
+    model = random_model(4)
+    run = align.Run(args, model, None, None, None, None, torch.optim.AdamW(model.parameters()))
+    before = [p.clone() for p in model.parameters()]
+    (sum(p.sum() for p in model.parameters()) * math.inf).backward()
+    grad_norm = align.optimizer_step(run, 1e-3)
+    assert not math.isfinite(grad_norm) and all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    update = {"loss": 1.0, "entropy_sum": 0.0, "clipped": 0, "tokens": 5, "grad_norm": grad_norm}
+    assert align.update_metrics([update, update | {"grad_norm": 2.0, "tokens": 15, "entropy_sum": 40.0}])["skipped_updates"] == 1
+
+
+def test_step_metrics_weigh_every_token_of_the_step_alike():
+    metrics = align.update_metrics([{"loss": 1.0, "entropy_sum": 10.0, "clipped": 1, "tokens": 5, "grad_norm": 1.0},
+                                    {"loss": 3.0, "entropy_sum": 20.0, "clipped": 2, "tokens": 25, "grad_norm": 3.0}])
+    assert metrics["token_entropy"] == 1.0 and metrics["clip_fraction"] == 0.1 and metrics["grad_norm"] == 2.0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 11 to 14. The runs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def accuracies(folder):
+    return [align.lookup(r, align.ACCURACY) for r in metrics_of(folder) if align.lookup(r, align.ACCURACY) is not None]
+
+
+def test_prepared_problems_are_right_and_train_and_test_share_none(embedded):
+    train, test, sft = ([json.loads(line) for line in open(embedded / f"{name}.jsonl")] for name in ("train", "test", "sft"))
+    assert not {p["problem"] for p in train} & {p["problem"] for p in test}
+    assert all(str(eval(p["problem"][8:-1])) == p["answer"] for p in train + test)
+    assert all(align.r1_zero_reward_fn(t["response"], t["answer"])["reward"] == 1 for t in sft)
+    rng, questions = random.Random(0), {p["problem"] for p in test}
+    assert not any(q in prompt for prompt, _ in (prepare_data.make_document(rng, questions) for _ in range(3000)) for q in questions)
+
+
+def test_preparing_again_changes_nothing(embedded):
+    before = {p: p.stat().st_mtime_ns for p in embedded.rglob("*")}
+    prepare_data.prepare_arithmetic(embedded)
+    assert before == {p: p.stat().st_mtime_ns for p in embedded.rglob("*")}
+
+
+def test_run_eval(embedded, tmp_path):
+    done = align_command("--algo", "eval", "--validation_size", 128, "--eval_samples", 4, "--output_dir", tmp_path / "eval")
+    assert "preset tiny: no GPU" in done.stdout.splitlines()[0] or torch.cuda.is_available()
+    summary = json.loads((tmp_path / "eval/baseline_results_summary.json").read_text())
+    assert 0.1 < summary["accuracy"] < 0.4 < summary["format_reward"] < 0.65
+    assert summary["pass_at_k"]["1"] < summary["pass_at_k"]["2"] < summary["pass_at_k"]["4"]
+    assert len((tmp_path / "eval/samples.jsonl").read_text().splitlines()) == sum(summary["categories"].values()) == 512
+    answer = align_command("--algo", "eval", "--question", "What is 1+1+1+1+1?", "--eval_temperature", 0).stdout.splitlines()[-1]
+    assert "1+1=2" in answer
+
+
+def test_run_sft_learns_and_its_model_starts_another_run(embedded, tmp_path):
+    align_command("--algo", "sft", "--output_dir", tmp_path / "sft")
+    assert accuracies(tmp_path / "sft")[-1] > accuracies(tmp_path / "sft")[0] + 0.2
+    losses = [r["train/loss"] for r in metrics_of(tmp_path / "sft") if "train/loss" in r]
+    assert losses[-1] < 0.7 * losses[0]
+    align_command("--algo", "grpo", "--model", tmp_path / "sft/final_model", "--n_grpo_steps", 1, "--rollout_batch_size", 32, "--train_batch_size", 32,
+                  "--output_dir", tmp_path / "grpo")
+    assert accuracies(tmp_path / "grpo")[0] == pytest.approx(accuracies(tmp_path / "sft")[-1], abs=0.1)
+
+
+def test_run_expert_iteration_learns(embedded, tmp_path):
+    align_command("--algo", "ei", "--n_ei_steps", 2, "--output_dir", tmp_path / "ei")
+    assert accuracies(tmp_path / "ei")[-1] > accuracies(tmp_path / "ei")[0] + 0.2
+    assert (tmp_path / "ei/final_model/model.safetensors").exists()
+
+
+def test_run_grpo_learns_and_writes_everything(embedded, tmp_path):
+    done = align_command("--algo", "grpo", "--n_grpo_steps", 12, "--rollout_batch_size", 256, "--train_batch_size", 256, "--save_frequency", 6,
+                         "--output_dir", tmp_path / "grpo")
+    assert accuracies(tmp_path / "grpo")[-1] > accuracies(tmp_path / "grpo")[0] + 0.2
+    names = {p.name for p in (tmp_path / "grpo").iterdir()}
+    assert names == {"args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "final_model", "checkpoint_step_6", "checkpoint_step_12"}
+    records = metrics_of(tmp_path / "grpo")
+    assert [r["step"] for r in records] == list(range(13))
+    assert {"step", "time", "time_sampling", "time_grading", "time_training", "tokens_per_second", "grad_norm", "token_entropy", "response_length",
+            "truncated_fraction", "train_reward_total", "train_reward_format", "train_reward_answer", "loss", "clip_fraction",
+            "advantage_std"} <= set(records[-1])
+    assert sum(line.startswith("step ") for line in done.stdout.splitlines()) == 12
+    samples = [json.loads(line) for line in open(tmp_path / "grpo/samples.jsonl")]
+    assert sum(s["purpose"] == "training" for s in samples) == 12 * 256
+    assert all(align.r1_zero_reward_fn(s["response"], s["answer"])["reward"] == s["reward"] for s in samples[::97])
+    assert "compare.png" in align_command("--plot", tmp_path / "grpo", tmp_path / "grpo", cwd=tmp_path).stdout
+    assert (tmp_path / "compare.png").stat().st_size > 10000
+
+
+SMALL = ["--preset", "tiny", "--n_grpo_steps", "3", "--rollout_batch_size", "32", "--train_batch_size", "32", "--group_size", "4",
+         "--validation_size", "16", "--save_frequency", "0"]
+
+
+def small_grpo(folder, *flags):
+    """Final weights and metrics of a short GRPO run in this process."""
+    align.main(["--algo", "grpo", "--output_dir", str(folder), *SMALL, *map(str, flags)])
+    weights = AutoModelForCausalLM.from_pretrained(folder / "final_model").state_dict()
+    return torch.cat([w.flatten() for w in weights.values()]), metrics_of(folder)
+
+
+def without_times(records):
+    return [{k: v for k, v in r.items() if "time" not in k and k != "tokens_per_second"} for r in records]
+
+
+def test_runs_with_one_seed_are_equal_bit_for_bit_and_with_another_differ(embedded, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    a, b, c = small_grpo(tmp_path / "a"), small_grpo(tmp_path / "b"), small_grpo(tmp_path / "c", "--seed", 1)
+    assert torch.equal(a[0], b[0]) and without_times(a[1]) == without_times(b[1])
+    assert not torch.equal(a[0], c[0])
+
+
+def test_runs_do_not_depend_on_the_number_of_microbatches(embedded, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for i, flags in enumerate([[], ["--loss_type", "grpo_clip", "--epochs_per_rollout_batch", "2", "--train_batch_size", "16"],
+                               ["--length_normalization", "masked_normalize", "--loss_type", "no_baseline"]]):
+        one, one_metrics = small_grpo(tmp_path / f"one{i}", *flags, "--gradient_accumulation_steps", 1)
+        many, many_metrics = small_grpo(tmp_path / f"many{i}", *flags, "--gradient_accumulation_steps", 8)
+        assert (one - many).abs().max() < 1e-4 * one.abs().max()
+        for x, y in zip(one_metrics[1:], many_metrics[1:], strict=True):
+            assert all(x[k] == pytest.approx(y[k], rel=1e-3, abs=1e-5) for k in ("loss", "token_entropy", "grad_norm", "clip_fraction"))
+
+
+def test_runs_off_policy_move_away_from_ratio_one_and_on_policy_runs_do_not(embedded, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    off = small_grpo(tmp_path / "off", "--loss_type", "grpo_clip", "--cliprange", 0.01, "--epochs_per_rollout_batch", 4, "--learning_rate", 1e-3)[1]
+    on = small_grpo(tmp_path / "on", "--loss_type", "grpo_clip", "--cliprange", 0.01, "--learning_rate", 1e-3)[1]
+    assert off[1]["clip_fraction"] > 0.01 and all(r["clip_fraction"] == 0 for r in on[1:])
+
+
+def test_runs_validate_the_same_problems_whatever_the_seed_and_the_weights_after_the_update(embedded, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    asked = []
+    for seed in (0, 1):
+        small_grpo(tmp_path / str(seed), "--seed", seed, "--validation_frequency", 1)
+        samples = [json.loads(line) for line in open(tmp_path / f"{seed}/samples.jsonl")]
+        asked.append({s["step"]: [x["problem"] for x in samples if x["purpose"] == "evaluation" and x["step"] == s["step"]] for s in samples})
+    assert asked[0] == asked[1] and asked[0][0] == asked[0][3]
+    args = align.parse_args(["--algo", "eval", "--preset", "tiny", "--model", str(tmp_path / "1/final_model"), "--validation_size", "16", "--seed", "1"])
+    args.output_dir = str(tmp_path / "again")
+    run = align.load_run(args)
+    align.open_output_dir(args)
+    metrics = align.evaluate_run(run, align.load_val_problems(run), 1, step=3)
+    assert metrics["accuracy"] == metrics_of(tmp_path / "1")[-1]["val_reward_answer"]
+
+
+def test_run_with_the_question_only_prompt_stops_at_the_end_of_sequence(embedded, tmp_path):
+    align_command("--algo", "eval", "--prompt", "question_only", "--validation_size", 128, "--output_dir", tmp_path / "eval")
+    summary = json.loads((tmp_path / "eval/baseline_results_summary.json").read_text())
+    assert 0.3 < summary["format_reward"] < 0.7 and summary["truncated_fraction"] < 0.05
+    assert r"\boxed{" in (tmp_path / "eval/samples.jsonl").read_text().replace("\\\\", "\\")
+
+
+def test_run_in_bfloat16_keeps_float32_masters(embedded, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    weights, records = small_grpo(tmp_path / "bf16", "--dtype", "bfloat16")
+    assert weights.dtype == torch.float32 and all(math.isfinite(r["loss"]) for r in records[1:])
+    base_weights = torch.cat([w.flatten() for w in AutoModelForCausalLM.from_pretrained(embedded / "base_model").state_dict().values()])
+    assert 0.9 < (weights != base_weights).float().mean()       # in bfloat16 masters most would not move
+
+
+@pytest.mark.parametrize("argv, complaint", [
+    (["--algo", "grpo", "--model", "no/such/model"], "--model no/such/model cannot be loaded"),
+    (["--algo", "grpo", "--train_data", "no/such/file.jsonl"], "no/such/file.jsonl: cannot be read"),
+    (["--algo", "eval", "--sampling_max_tokens", "600"], "exceed the model's context of 512"),
+    (["--algo", "eval", "--prompt", "poem"], "--prompt poem is none of"),
+    (["--algo", "ei", "--ei_batch_size", "99999"], "a step needs 99999 problems"),
+    (["--algo", "sft", "--n_sft_examples", "99999"], "--n_sft_examples 99999"),
+    (["--algo", "sft", "--max_length", "5"], "longer than --max_length 5"),
+    (["--plot", "no/such/run"], "no/such/run/metrics.jsonl: cannot be read"),
+])
+def test_runs_with_bad_input_end_in_one_sentence_and_write_nothing(embedded, tmp_path, argv, complaint, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as exit:
+        align.main([*argv, *([] if "--plot" in argv else ["--preset", "tiny", "--output_dir", str(tmp_path / "out")])])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and complaint in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_run_that_is_mistyped_shows_no_traceback(tmp_path):
+    done = align_command("--algo", "grpo", "--group_size", "7", cwd=tmp_path, code=2)
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1 and "--group_size 7" in done.stderr
