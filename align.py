@@ -63,7 +63,7 @@ PRESETS = {
         val_data="data/arithmetic/test.jsonl", sft_data="data/arithmetic/sft.jsonl",
         sampling_max_tokens=64, validation_size=512, lr_schedule="linear", max_length=256, gradient_accumulation_steps=1,
         eval=dict(validation_size=0),
-        sft=dict(learning_rate=3e-4, train_batch_size=32, sft_epochs=8, validation_frequency=8, save_frequency=500),
+        sft=dict(learning_rate=3e-4, train_batch_size=32, sft_epochs=16, validation_frequency=8, save_frequency=500),
         ei=dict(learning_rate=3e-4, train_batch_size=64, n_ei_steps=8, ei_batch_size=256, num_rollouts=4, sft_epochs=2,
                 validation_frequency=1, save_frequency=4),
         grpo=dict(learning_rate=6e-4, n_grpo_steps=50, rollout_batch_size=512, train_batch_size=512, gradient_accumulation_steps=8, group_size=8,
