@@ -69,7 +69,7 @@ PRESETS = {
         ei=dict(learning_rate=3e-4, train_batch_size=64, n_ei_steps=8, ei_batch_size=256, num_rollouts=4, sft_epochs=2,
                 validation_frequency=1, save_frequency=4),
         grpo=dict(learning_rate=6e-4, n_grpo_steps=50, rollout_batch_size=512, train_batch_size=512, gradient_accumulation_steps=8, group_size=8,
-                  validation_frequency=10, save_frequency=50),
+                  validation_frequency=5, save_frequency=50),
     ),
     # Qwen2.5-Math-1.5B on MATH with the handout's hyperparameters; one 80 GB GPU, hours.
     "math": dict(
@@ -947,7 +947,7 @@ def plot_runs(folders, path):
     for axis, (_, names) in zip(axes, panels):
         axis.grid(alpha=0.3)
         if names is ACCURACY or names is REWARD:
-            axis.set_ylim(0, 1)
+            axis.set_ylim(0, 1.02)
     axes[0].legend(fontsize=8)
     axes[-1].set_xlabel("step")
     partial = f"{path}.partial.png"
