@@ -26,20 +26,32 @@ Where this departs from the papers, on purpose:
 """
 
 import argparse
+import atexit
 import contextlib
+import ctypes
 import dataclasses
 import difflib
+import functools
 import hashlib
+import importlib.util
+import itertools
 import json
+import logging
 import math
+import multiprocessing
 import os
+import pickle
 import random
 import re
 import shutil
+import signal
 import sys
+import threading
 import time
+from fractions import Fraction
 from pathlib import Path
 
+import pebble
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import is_flash_attn_2_available
@@ -294,8 +306,8 @@ def format_prompt(name, question):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def read_jsonl(path, required):
-    """The dicts of a JSON-lines file, each checked to hold non-empty strings under the `required` keys.
+def read_jsonl(path, required, may_be_blank=None):
+    """The dicts of a JSON-lines file, each checked to hold non-empty strings (but for `may_be_blank`) under the `required` keys.
 
     `required` lists alternatives, e.g. [("problem", "answer")]. Raises UserError naming the file and the line.
     """
@@ -314,7 +326,7 @@ def read_jsonl(path, required):
         except ValueError as error:         # json's own error, or a number with more digits than Python converts
             raise UserError(f"{path}, line {i}: not valid JSON ({error})") from error
         if not isinstance(record, dict) or not any(
-                all(isinstance(record.get(k), str) and record[k].strip() for k in names) for names in required):
+                all(isinstance(record.get(k), str) and (record[k].strip() or k == may_be_blank) for k in names) for names in required):
             raise UserError(f"{path}, line {i}: needs non-empty strings under {keys}")
         records.append(record | {"line": i})
     if not records:
@@ -323,8 +335,20 @@ def read_jsonl(path, required):
 
 
 def load_problems(path, prompt_name):
-    """Problems {"problem", "answer", "prompt", …} of a JSON-lines file; a problem is {"problem": str, "answer": str, …}."""
-    return [record | {"prompt": format_prompt(prompt_name, record["problem"])} for record in read_jsonl(path, [("problem", "answer")])]
+    """Problems {"problem", "answer", "prompt", …} of a JSON-lines file; a problem is {"problem": str, "answer": str, …}.
+
+    A problem whose answer nothing could equal is reported and left out.
+    """
+    problems, unusable = [], []
+    for record in read_jsonl(path, [("problem", "answer")], may_be_blank="answer"):
+        (problems if is_usable_truth(record["answer"]) else unusable).append(record)
+    for record in unusable[:5]:
+        print(f"{path}, line {record['line']}: left out, since its answer {record['answer'][:60]!r} is empty or cannot be parsed")
+    if unusable:
+        print(f"{path}: {len(unusable)} of {len(problems) + len(unusable)} problems left out")
+    if not problems:
+        raise UserError(f"{path}: no problem has a usable answer")
+    return [problem | {"prompt": format_prompt(prompt_name, problem["problem"])} for problem in problems]
 
 
 def load_traces(path, prompt_name, reward_fn):
@@ -346,15 +370,225 @@ def load_traces(path, prompt_name, reward_fn):
 # 4. Grading: the reward is the objective, so a wrong reward is trained towards
 # ----------------------------------------------------------------------------------------------------------------------
 
+# Step 1: one spelling for each meaning. ⟨ and ⟩ stand for the braces of a set, so that { and } are LaTeX's own.
+NO_FUNCTION = r"(?!(?:arcsin|arccos|arctan|sin|cos|tan|sec|csc|cot|log|sqrt|infty|frac|pmatrix|times|cdot|begin|text)(?![a-zA-Z]))"
+UNIT_WORDS = NO_FUNCTION + r"[a-zA-Z]{2,}\.?(?: [a-zA-Z ,'.-]*)?"
+SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in (
+    (r"[−–]", "-"), (r"×", r"\\times "), (r"·", r"\\cdot "), (r"π", r"\\pi "), (r"∞", r"\\infty "), (r"≤", r"\\le "), (r"≥", r"\\ge "),
+    (r"∪", r"\\cup "), (r"∈", r"\\in "), (r"±", r"\\pm "), (r"√\s*(\w+)", r"\\sqrt{\1}"), (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "), (r"(?<![\\a-zA-Z])inf(ini)?ty(?![a-zA-Z])", r"\\infty "),
+    (r"(?<=\d)(\{,\}|,\\!)\s*(?=\d{3}(?!\d))", ""),                                                         # thousands
+    (r"(?<!\\)\\[,;:! ]|~|\\(left|right|displaystyle|q?quad|[bB]igg?[lr]?|approx)(?![a-zA-Z])", " "),       # layout
+    (r"\\\{|\\lbrace", "⟨"), (r"\\\}|\\rbrace", "⟩"), (r"\\?[$%]|(?<!\\)\\[\[\]()]", ""),                   # sets; currency, percent, delimiters
+    (r"°|\^\s*\{?\s*\\circ\s*\}?|\\degrees?(?![a-zA-Z])", ""),
+    (r"\{bmatrix\}", "{pmatrix}"), (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"), (r"\\frac\s*(\\[a-zA-Z]+|\w)", r"\\frac{\1}"),
+    (r"(\\frac\s*\{[^{}]*\})\s*(\\[a-zA-Z]+|\w)", r"\1{\2}"), (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
+    (r"(?<=[^\s,(])\s*\\(text\w*|mbox|mathrm)\s*\{(?!\s*(and|or)\b)[^{}]*\}\s*(\^\s*\{?\d+\}?)?\s*[.]?\s*$", ""),   # 12\text{ cm}^2
+    (r"\\(text\w*|mbox|math(rm|bf|it)|operatorname)\s*\{([^{}]*)\}", r" \3 "),
+    (rf"^([-+]?[\d.,/]+|.*\}}|.*\\pi)\s+{UNIT_WORDS}(\^\s*\{{?\d+\}}?)?\s*$", r"\1"),                         # 12 square cm
+    (r",?\s+(and|or)\s+", ", "), (r"\\leq(?![a-zA-Z])", r"\\le"), (r"\\geq(?![a-zA-Z])", r"\\ge"),
+    (r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"\s+", " "), (r"\.\s*$| (?=[,)\]⟩}])|(?<=[,(\[⟨{]) ", ""),
+)]
+OPENING, CLOSING = "([{⟨", ")]}⟩"
+
+
+def closing_index(text, start):
+    """Where the bracket at `start` is closed, by any kind of bracket since intervals mix them; -1 if nowhere."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] in OPENING) - (text[i] in CLOSING)
+        if depth == 0:
+            return i
+    return -1
+
+
 def last_boxed(text):
     r"""The content of the last \boxed{…} with balanced braces, or None. last_boxed(r"so \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"."""
-    start = text.rfind(r"\boxed{")
-    depth = 0
-    for i in range(start + len(r"\boxed"), len(text) if start >= 0 else 0):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if depth == 0:
-            return text[start + len(r"\boxed{"):i]
-    return None
+    start = text.rfind(r"\boxed{") + len(r"\boxed")
+    end = closing_index(text.replace("(", " ").replace(")", " ").replace("[", " ").replace("]", " "), start) if r"\boxed{" in text else -1
+    return text[start + 1:end] if end > 0 else None
+
+
+def normalize_answer(text):
+    r"""An answer in one spelling: normalize_answer(r"$\dfrac12$ cm") == r"\frac{1}{2}"."""
+    text = re.sub(r"^(\\[(\[]|\$|\s)+|(\\[)\]]|\$|\s)+$", "", text).replace(r"\fbox", r"\boxed")
+    if text == r"\boxed{%s}" % last_boxed(text):
+        text = last_boxed(text)
+    for pattern, spelling in SPELLINGS:
+        text = pattern.sub(spelling, text)
+    text = text.strip()
+    while text[:1] == "{" and closing_index(text, 0) == len(text) - 1:
+        text = text[1:-1].strip()
+    return text
+
+
+# Step 2: what can be decided exactly.
+
+
+NUMBER_SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in (
+    (r"\\frac\s*\{\s*([+-]?\d+)\s*\}\s*\{\s*(\d+)\s*\}", r" \1/\2"), (r"\s*/\s*", "/"), (r"(?<=\d),\s?(?=\d{3}(?!\d))", ""),
+    (r"^10\s*\^", r"1 \\cdot 10^"), (r"\s*(\\times|\\cdot|\*)\s*10\s*\^\s*\{?\s*([+-]?\d{1,3})\s*\}?$", r"e\2"),
+)]
+
+
+def as_number(text):
+    r"""The exact value of a plain number, as 1,234.5, 3/4, \frac{3}{4}, 1\frac{3}{4}, 1 3/4, 2.5 \times 10^{-3} or 1e6; else None."""
+    for pattern, spelling in NUMBER_SPELLINGS:
+        text = pattern.sub(spelling, text)
+    match = re.fullmatch(r"([+-]?)\s*(?:(\d+)\s+(?=\d+/))?([+-]?(?:\d+/\d+|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?))", text.strip())
+    if match is None or re.search(r"/0+$", text):
+        return None
+    return (-1 if match[1] == "-" else 1) * (int(match[2] or 0) + Fraction(match[3]))
+
+
+def split_top(text, separator):
+    """Splits at the separators that stand outside of all brackets."""
+    parts, depth, start = [], 0, 0
+    for match in re.finditer(r"[(\[{⟨)\]}⟩]|" + separator, text):
+        depth += (match[0] in OPENING) - (match[0] in CLOSING)
+        if depth == 0 and match[0] not in CLOSING:
+            parts.append(text[start:match.start()].strip())
+            start = match.end()
+    return parts + [text[start:].strip()]
+
+
+def as_collection(text):
+    """(kind, items) of an interval, tuple, set, list, union or matrix, else None. Kinds that end in "set" have no order."""
+    text = re.sub(r"^[a-zA-Z]\s*\\in(?![a-zA-Z])\s*", "", text)
+    parts = re.split(r"\s*(<|>|\\le(?![a-zA-Z])|\\ge(?![a-zA-Z]))\s*", text)        # x > 5 and 0 < x \le 3 are intervals
+    if len(parts) == 3 and sum(re.fullmatch("[a-zA-Z]", part) is not None for part in parts) == 1:
+        value, upper = (parts[2], parts[1] in ("<", r"\le")) if len(parts[0]) == 1 and parts[0].isalpha() else (parts[0], parts[1] in (">", r"\ge"))
+        closed = parts[1] in (r"\le", r"\ge")
+        return ("(]" if closed else "()", [r"-\infty", value]) if upper else ("[)" if closed else "()", [value, r"\infty"])
+    if len(parts) == 5 and re.fullmatch("[a-zA-Z]", parts[2]) and {parts[1], parts[3]} <= {"<", r"\le"}:
+        return ("(" if parts[1] == "<" else "[") + (")" if parts[3] == "<" else "]"), [parts[0], parts[4]]
+    match = re.fullmatch(r"\\begin\s*\{pmatrix\}(.*)\\end\s*\{pmatrix\}", text)
+    if match and r"\begin" not in match[1]:
+        rows = [row for row in match[1].split(r"\\") if row.strip()]
+        return f"matrix of {len(rows)} rows", [cell.strip() for row in rows for cell in row.split("&")]
+    union = split_top(text, r"\\cup(?![a-zA-Z])")
+    if len(union) > 1:
+        return "union set", union
+    braced = text[:1] == "⟨" and closing_index(text, 0) == len(text) - 1
+    items = split_top(text[1:-1] if braced else text, ",")
+    if text[:1] in ("(", "[") and closing_index(text, 0) == len(text) - 1 and len(inner := split_top(text[1:-1], ",")) > 1:
+        return text[0] + text[-1], inner
+    # a \pm b is two values
+    items = [item.replace(r"\pm", sign).replace(r"\mp", "-" if sign == "+" else "+").lstrip("+ ") for item in items
+             for sign in ("+-" if re.search(r"\\pm|\\mp", item) else "+")]
+    return ("set", items) if braced or len(items) > 1 else None
+
+
+def plain(text):
+    """For comparing words: no case, no article, no space."""
+    return re.sub(r"^(an?|the) |\s", "", text.casefold())
+
+
+def same(answer, truth, depth=0):
+    """Do two normalised answers mean the same?"""
+    if plain(answer) == plain(truth):
+        return answer != ""
+    if not answer or not truth or depth > 4:
+        return False
+    numbers = as_number(answer), as_number(truth)
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    # x = 5 is 5, and f(x) = 2x is 2x, but 7 = 2x is not 2x
+    (left, *right), (true_left, *true_right) = split_top(answer, "="), split_top(truth, "=")
+    name = r"\\?[a-zA-Z]+(_\{?\w+\}?)?\s*(\([^=]*\))?"
+    if len(right) == len(true_right) == 1:
+        return plain(left) == plain(true_left) and same(right[0], true_right[0], depth + 1) or same_equation((left, *right), (true_left, *true_right))
+    if len(right) == 1 and not true_right and re.fullmatch(name, left):
+        return same(right[0], truth, depth + 1)
+    if len(true_right) == 1 and not right and re.fullmatch(name, true_left):
+        return same(answer, true_right[0], depth + 1)
+    if (right or true_right) and "," not in answer + truth:
+        return False
+    ours, theirs = as_collection(answer), as_collection(truth)
+    if ours and theirs:
+        (kind, items), (true_kind, true_items) = ours, theirs
+        if kind != true_kind or len(items) != len(true_items) or len(items) > 30:
+            return False
+        if not kind.endswith("set"):
+            return all(same(a, t, depth + 1) for a, t in zip(items, true_items))
+        for true_item in true_items:            # every item of the truth takes one of the answer's away
+            match = next((item for item in items if same(item, true_item, depth + 1)), None)
+            if match is None:
+                return False
+            items.remove(match)
+        return True
+    if (ours or theirs) and "matrix" not in (ours or theirs)[0]:
+        return False
+    choices = [re.fullmatch(r"\(?([a-zA-Z])\)?", text) for text in (answer, truth)]
+    if all(choices):
+        return choices[0][1].casefold() == choices[1][1].casefold()
+    if any(re.search(rf"\d_|\d\s*:\s*\d|(?<![\\a-zA-Z]){NO_FUNCTION}[a-zA-Z]{{4,}}", text) for text in (answer, truth)):
+        based = [re.sub(r"[{}\s]", "", text) for text in (answer, truth)]       # 506_7; 3:5; words
+        return based[0] == based[1]
+    return same_value(answer, truth)
+
+
+# Step 3: math-verify for the rest, behind a guard: towers of powers and the like would take it forever.
+HEAVY = re.compile(r"__|['\"]|<<|\*\*.*\*\*|\^\s*[{(]*\s*-?\d+\s*(\^|!|\*\*)|\^\s*[{(]*\s*-?\d{5,}|\d{3,}\s*!|!\s*\)+\s*!|[^\x00-\x7f]")
+PARSER_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NameError, RuntimeError, SyntaxError, TypeError, ValueError)
+
+
+def alarm_seconds():
+    """math-verify's own time limit, an alarm signal, which only a main thread can get."""
+    return 2 if threading.current_thread() is threading.main_thread() else None
+
+
+def parse_math(text):
+    """The sympy object of a LaTeX string; ValueError if math-verify finds none."""
+    import sympy
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)     # it logs whole responses
+    # Bare strings such as (3,-1) parse to nothing, \boxed{} ones do. units=True would eat trailing letters, as the b of a + b.
+    rules = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="all", equations=False)
+    parsed = parse(r"\boxed{%s}" % text, [LatexExtractionConfig(normalization_config=rules)], parsing_timeout=alarm_seconds())
+    if not parsed or isinstance(parsed[0], str):
+        raise ValueError(f"not mathematics: {text}")
+    symbols = getattr(parsed[0], "free_symbols", ())
+    return parsed[0].subs({s: sympy.I if s.name == "i" else sympy.Symbol(s.name) for s in symbols})     # they come with odd assumptions
+
+
+def same_value(answer, truth):
+    """math-verify's verdict. The truth comes first: verify is not symmetric."""
+    from math_verify import verify
+    if HEAVY.search(answer) or HEAVY.search(truth):
+        return False
+    try:
+        return bool(verify([parse_math(truth)], [parse_math(answer)], timeout_seconds=alarm_seconds()))
+    except PARSER_ERRORS:
+        return False
+
+
+def same_equation(sides, true_sides):
+    """Is one equation a multiple of the other? (math-verify compares solutions, and two equations without any compare as equal.)"""
+    import sympy
+    if any(HEAVY.search(side) or len(side) > 150 for side in (*sides, *true_sides)):
+        return False
+    try:
+        ratio = sympy.cancel(parse_math("{}-({})".format(*sides)) / parse_math("{}-({})".format(*true_sides)))
+        return bool(ratio.is_number and ratio.is_finite and ratio != 0)
+    except PARSER_ERRORS:
+        return False
+
+
+def grade(answer, truth):
+    """True where `answer` means the same as `truth` (strings, LaTeX or plain)."""
+    if max(len(answer), len(truth)) > 400:          # longer than any answer: not worth the risk
+        return answer.strip() == truth.strip() != ""
+    return same(normalize_answer(answer), normalize_answer(truth))
+
+
+def is_usable_truth(truth):
+    """Could any answer equal it?"""
+    return grade(truth, truth) and len(truth) <= 400
+
+
+# The rewards.
 
 
 def extract_answer(response):
@@ -363,25 +597,13 @@ def extract_answer(response):
     >>> extract_answer(" 7+5=12 </think> <answer> 12 </answer>")
     '12'
 
-    The format: `</think> <answer>` and `</answer>`, in this order, each tag once, and nothing after the end. The handout's grader takes
-    the last answer of several, which pays a model for guessing twice.
+    The format is the handout's, `</think> <answer>` … `</answer>`, with each tag exactly once and nothing after the end.
     """
-    match = re.fullmatch(r".*</think> <answer>(.*)</answer>\s*", response, flags=re.DOTALL)
-    if match is None or any(response.count(tag) > 1 for tag in ("</think>", "<answer>", "</answer>")):
+    if any(response.count(tag) != 1 for tag in ("</think>", "<answer>", "</answer>")):
         return None
-    return match[1].strip()
-
-
-def grade(answer, truth):
-    """True where `answer` means the same as `truth` (strings, LaTeX or plain): equal strings, else math-verify."""
-    answer, truth = answer.strip().strip("$").strip(), truth.strip().strip("$").strip()
-    if answer == truth:
-        return answer != ""
-    if re.fullmatch(r"-?\d{1,15}", answer) and re.fullmatch(r"-?\d{1,15}", truth):
-        return int(answer) == int(truth)
-    # Bare strings such as (3,-1) parse to nothing; both sides go into \boxed{}. The truth comes first: verify is not symmetric.
-    from math_verify import parse, verify
-    return bool(verify(parse(rf"\boxed{{{truth}}}"), parse(rf"\boxed{{{answer}}}")))
+    _, _, after = response.partition("</think> <answer>")
+    answer, end, rest = after.partition("</answer>")
+    return answer.strip() if end and not rest.strip() else None
 
 
 def score(answer, truth):
@@ -391,7 +613,12 @@ def score(answer, truth):
 
 
 def r1_zero_reward_fn(response, ground_truth):
-    """{"reward", "format_reward", "answer_reward"}, each 0.0 or 1.0, of a response to the r1_zero prompt."""
+    """{"reward", "format_reward", "answer_reward"}, each 0.0 or 1.0, of a response to the r1_zero prompt.
+
+    Departures from CS336's grader: each tag once and nothing after the end (it takes the last of several answers, which pays for guessing
+    twice); no answer inside a sentence or a longer text; exact arithmetic instead of float tolerance; percent and units are dropped;
+    interval brackets, order and length of tuples count; equations are compared as equations; every comparison comes to an end.
+    """
     return score(extract_answer(response), ground_truth)
 
 
@@ -400,24 +627,86 @@ def question_only_reward_fn(response, ground_truth):
     return score(last_boxed(response), ground_truth)
 
 
+def lenient_reward_fn(response, ground_truth):
+    """1 where the right answer is the answer tag's content, the last box or the last number, whatever the format around it.
+
+    For evaluation only: a rise in accuracy that this does not share is a gain in format, not in reasoning.
+    """
+    end = response[-2000:]
+    candidates = [end.rpartition("<answer>")[2].partition("</answer>")[0] if "<answer>" in end else None, last_boxed(end),
+                  *re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", end)[-1:]]
+    right = float(any(grade(candidate, ground_truth) for candidate in candidates if candidate is not None))
+    return {"reward": right, "format_reward": 1.0, "answer_reward": right}
+
+
 def reward_fn_and_stop(prompt_name):
     """(reward function, stop string) that go with a prompt; without a stop string a response ends with the end-of-sequence token."""
     return (question_only_reward_fn, None) if prompt_name == "question_only" else (r1_zero_reward_fn, "</answer>")
 
 
-def lenient_correct(response, truth):
-    """True where the right answer is the answer tag's content, the last box or the last number, whatever the format around it.
+# Grading a batch, in worker processes: sympy can hang in C code, where no signal reaches it, or take all memory. A process can be killed.
+DEADLINE = 6.0              # seconds that one response may take
+WORKER_MEMORY = 2 << 30     # bytes that a worker may take
 
-    For evaluation only: a rise in accuracy that this does not share is a gain in format, not in reasoning.
-    """
-    tagged = re.findall(r"<answer>(.*?)</answer>", response, flags=re.DOTALL)
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", response)
-    return any(grade(candidate, truth) for candidate in {*tagged[-1:], last_boxed(response), *numbers[-1:]} - {None})
+
+@functools.cache
+def grading_pool():
+    """The worker processes, started once. They wait while the model computes, and end with this process."""
+    import math_verify      # noqa: F401 (imported before the fork, the workers share it)
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = pebble.ProcessPool(max_workers=min(os.cpu_count(), 16), initializer=start_worker, context=context)
+    atexit.register(lambda: (pool.stop(), pool.join()))
+    return pool
+
+
+def start_worker():
+    """What a worker does first: bound its memory, leave Ctrl-C to the parent, and end when the parent is killed."""
+    import resource
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + WORKER_MEMORY, taken + WORKER_MEMORY))
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
+
+
+def grade_chunk(reward_fn, pairs):
+    """The reward dicts of some (response, truth) pairs; runs in a worker."""
+    return [reward_fn(response, truth) for response, truth in pairs]
+
+
+@functools.cache
+def can_be_pickled(reward_fn):
+    """Can it go to a worker? If not, says so, once."""
+    try:
+        pickle.dumps(reward_fn)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        print(f"{getattr(reward_fn, '__name__', reward_fn)} cannot be pickled: it grades in this process, without a deadline", flush=True)
+        return False
+    return True
 
 
 def grade_responses(reward_fn, responses, truths):
-    """The reward dict of every response."""
-    return [reward_fn(response, truth) for response, truth in zip(responses, truths, strict=True)]
+    """Grades every response, all workers at once. Returns (the reward dicts, how many crashed, raised or exceeded DEADLINE: those score 0).
+
+    reward_fn: any function of (response, ground_truth) that returns {"reward", "format_reward", "answer_reward"}.
+    """
+    pairs = list(zip(responses, truths, strict=True))
+    if not can_be_pickled(reward_fn):
+        return grade_chunk(reward_fn, pairs), 0
+    schedule, size = grading_pool().schedule, 32
+    chunks = [pairs[i:i + size] for i in range(0, len(pairs), size)]
+    futures = [schedule(grade_chunk, args=(reward_fn, chunk), timeout=DEADLINE / 2) for chunk in chunks]
+    # A chunk that fails is graded again one by one, so that only the response at fault loses its reward.
+    futures = [[future] if future.exception() is None else [schedule(grade_chunk, args=(reward_fn, [pair]), timeout=DEADLINE / 2) for pair in chunk]
+               for future, chunk in zip(futures, chunks)]
+    rewards, failed = [], 0
+    for future in itertools.chain.from_iterable(futures):
+        if future.exception() is None:
+            rewards += future.result()
+        else:
+            rewards.append({"reward": 0.0, "format_reward": 0.0, "answer_reward": 0.0})
+            failed += 1
+    return rewards, failed
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -516,12 +805,12 @@ def compute_group_normalized_rewards(reward_fn, rollout_responses, repeated_grou
 
     The standard deviation is the unbiased one (n − 1). A group of equal rewards has advantage 0: it says nothing about what to prefer.
     Returns (advantages (N,), raw_rewards (N,), metadata): means and spread of the rewards as floats, the number of groups of equal
-    rewards, and "rewards", the N reward dicts. Raises ValueError if N is not a multiple of G, or if a group of one is to be divided by
+    rewards and of failed gradings, and "rewards", the N reward dicts. Raises ValueError if N is not a multiple of G, or if a group of one is to be divided by
     its standard deviation.
     """
     if group_size < 1 or len(rollout_responses) % group_size or (normalize_by_std and group_size == 1):
         raise ValueError(f"{len(rollout_responses)} responses cannot be normalised in groups of {group_size}")
-    rewards = grade_responses(reward_fn, rollout_responses, repeated_ground_truths)
+    rewards, failed = grade_responses(reward_fn, rollout_responses, repeated_ground_truths)
     raw_rewards = torch.tensor([r["reward"] for r in rewards], dtype=torch.float32)
     groups = raw_rewards.view(-1, group_size)                                       # (prompts, G)
     advantages = groups - groups.mean(dim=1, keepdim=True)
@@ -532,7 +821,8 @@ def compute_group_normalized_rewards(reward_fn, rollout_responses, repeated_grou
     advantages[equal] = 0.0
     means = {f"{key}_mean": sum(r[key] for r in rewards) / len(rewards) for key in ("reward", "format_reward", "answer_reward")}
     metadata = {**means, "reward_std": raw_rewards.std(correction=0).item(), "reward_max": raw_rewards.max().item(),
-                "reward_min": raw_rewards.min().item(), "equal_reward_groups": int(equal.sum()), "rewards": rewards}
+                "reward_min": raw_rewards.min().item(), "equal_reward_groups": int(equal.sum()), "grading_timeouts": failed,
+                "rewards": rewards}
     return advantages.flatten(), raw_rewards, metadata
 
 
@@ -814,7 +1104,6 @@ class VLLMSampler:
 
 def make_sampler(args, tokenizer):
     """The sampler that --sampler names; prints the choice that auto makes."""
-    import importlib.util
     choice, installed = args.sampler, importlib.util.find_spec("vllm") is not None
     if choice == "auto":
         choice = "vllm" if installed and args.device == "cuda" else "torch"
@@ -846,7 +1135,10 @@ def evaluate(sampler, problems, reward_fn, n, seed, **sampling):
     """
     rollouts = sampler.generate([p["prompt_ids"] for p in problems], n, seed, **sampling)
     truths = [p["answer"] for p in problems for _ in range(n)]
-    rewards = grade_responses(reward_fn, [r.text for r in rollouts], truths)
+    texts = [r.text for r in rollouts]
+    rewards, failed = grade_responses(reward_fn, texts, truths)
+    wrong = [i for i, r in enumerate(rewards) if r["answer_reward"] == 0]
+    lenient, _ = grade_responses(lenient_reward_fn, [texts[i] for i in wrong], [truths[i] for i in wrong])
     right = torch.tensor([r["answer_reward"] for r in rewards]).view(-1, n)                 # (problems, n)
     per_problem = right.mean(dim=1)
     powers = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k < n] + [n]
@@ -855,7 +1147,8 @@ def evaluate(sampler, problems, reward_fn, n, seed, **sampling):
         "accuracy_stderr": per_problem.std(correction=0).item() / math.sqrt(len(problems)),
         "reward": sum(r["reward"] for r in rewards) / len(rewards),
         "format_reward": sum(r["format_reward"] for r in rewards) / len(rewards),
-        "lenient_accuracy": sum(r["answer_reward"] == 1 or lenient_correct(o.text, t) for r, o, t in zip(rewards, rollouts, truths)) / len(rewards),
+        "lenient_accuracy": 1 - sum(r["reward"] == 0 for r in lenient) / len(rewards),
+        "grading_timeouts": failed,
         "problems": len(problems), "responses": len(rollouts),
         "response_length": sum(len(r.response_ids) for r in rollouts) / len(rollouts),
         "truncated_fraction": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
@@ -1290,7 +1583,7 @@ def train_expert_iteration(args):
         rollouts, repeated = sample_for_training(run, problems, args.ei_batch_size, args.num_rollouts, step)
         gap = check_sampler(run, rollouts, args.sampling_temperature)
         sampled = time.perf_counter()
-        rewards = grade_responses(run.reward_fn, [r.text for r in rollouts], [p["answer"] for p in repeated])
+        rewards, failed = grade_responses(run.reward_fn, [r.text for r in rollouts], [p["answer"] for p in repeated])
         graded = time.perf_counter()
         log_generations(Path(args.output_dir, "samples.jsonl"), step, "training", rollouts, rewards, repeated)
 
@@ -1309,7 +1602,7 @@ def train_expert_iteration(args):
         finish_step(run, {"step": step, "time": trained - started, "time_sampling": sampled - started, "time_grading": graded - sampled,
                           "time_training": trained - graded, "ei/avg_reward": sum(r["reward"] for r in rewards) / len(rewards),
                           "train_reward_format": sum(r["format_reward"] for r in rewards) / len(rewards),
-                          "ei/filtered_samples": len(correct), "learning_rate": learning_rate,
+                          "ei/filtered_samples": len(correct), "grading_timeouts": failed, "learning_rate": learning_rate,
                           **sampling_metrics(rollouts, sampled - started), **gap, **metrics},
                     checkpoint=f"checkpoint_ei_step_{step}")
 
@@ -1384,6 +1677,7 @@ def train_grpo(args):
                           "time_training": finished - sampled - time_grading, "train_reward_total": graded["reward_mean"],
                           "train_reward_format": graded["format_reward_mean"], "train_reward_answer": graded["answer_reward_mean"],
                           "advantage_std": advantages.std(correction=0).item(), "equal_reward_groups": graded["equal_reward_groups"],
+                          "grading_timeouts": graded["grading_timeouts"],
                           "learning_rate": learning_rate, **sampling_metrics(rollouts, sampled - started), **update_metrics(updates)},
                     checkpoint=f"checkpoint_step_{step}")
 

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from align import PROMPTS
 
@@ -171,6 +172,7 @@ def prepare_arithmetic(folder, seed=0, force=False):
         model = pretrain(tokenizer, rng, test_questions, seed=seed)
         partial = folder / "base_model.partial"
         shutil.rmtree(partial, ignore_errors=True)
+        transformers_logging.disable_progress_bar()
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         shutil.rmtree(folder / "base_model", ignore_errors=True)

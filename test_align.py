@@ -16,8 +16,11 @@ import os
 import random
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -160,7 +163,7 @@ def test_prompts_end_where_the_response_begins_and_leave_braces_alone():
     ("", "holds no records"),
     ('{"problem": "1+1?", "answer": "2"}\n{"problem": ', "line 2: not valid JSON"),
     ('{"problem": "1+1?"}\n', "line 1: needs non-empty strings under 'problem' and 'answer'"),
-    ('{"problem": "1+1?", "answer": " "}\n', "line 1: needs non-empty"),
+    ('{"problem": "1+1?", "answer": " "}\n', "no problem has a usable answer"),
     ('{"problem": "1+1?", "answer": 2}\n', "line 1: needs non-empty"),
     ('["1+1?", "2"]\n', "line 1: needs non-empty"),
     (b"\xff\xfe{}", "cannot be read"),
@@ -194,13 +197,44 @@ def test_traces_get_their_prompt_at_load_time_and_must_have_the_answer_format(tm
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("answer, truth, right", [
-    ("12", "12", True), ("012", "12", True), ("13", "12", False), ("-3", "3", False), ("$12$", "12", True), ("", "12", False),
-    ("0.5", r"\frac{1}{2}", True), (r"\frac{2}{4}", r"\frac12", True), ("(3,-1)", "(3, -1)", True), ("(-1,3)", "(3,-1)", False),
-    ("1+x^2", "x^2+1", True), ("x^2-1", "x^2+1", False), (r"3\sqrt{2}", r"\sqrt{18}", True),
+SAME = [     # spellings of one meaning, a family a line
+    ("12", "012", "+12", "12.", "12.0", "{12}", r"\text{12}", r"\boxed{12}", r"$\boxed{12}$", r"\[ \boxed{12} \]", "$12$", r"\(12\)"),
+    ("-3", "−3", "- 3"), ("1234567", "1,234,567", r"1{,}234{,}567", r"1,\!234,\!567", "$1,234,567", r"\$1,234,567"),
+    (r"\frac{1}{2}", r"\frac12", r"\dfrac{1}{2}", "1/2", "0.5", ".5", "0.50", r"\frac{2}{4}", "50/100"),
+    (r"1\frac{3}{4}", "1 3/4", "7/4", "1.75"), (r"-\frac{3}{8}", r"\frac{-3}{8}", "-3/8", "-0.375"),
+    (r"3.5 \times 10^{-4}", "0.00035", "3.5e-4", "3.5*10^{-4}"), ("1000000", "10^6", "1e6"),
+    ("12", r"12\text{ cm}", r"12 \mathrm{~cm}", "12 centimeters", r"12\mbox{ cm}^2", "12 square feet", r"12\%", "12%", r"12^\circ", "12°", "$12"),
+    (r"12\pi", "12π", "12 pi", r"\pi \cdot 12"), (r"3\sqrt{13}", "3√13", "3*sqrt(13)", r"\sqrt{117}"),
+    (r"\text{Evelyn}", "Evelyn", "evelyn", "Evelyn."), ("ellipse", "an ellipse"), (r"\text{(C)}", "C", "(C)", r"\textbf{(C)}", "c"),
+    ("5", "x=5", "$x = 5$"), ("42", r"\text{Area} = 42", "Area = 42"), ("2x+1", "f(x) = 2x+1", "1+2x"), (r"\text{June 20}", "June 20"), ("3:5", "3 : 5"), ("506_7", "506_{7}"),
+    ("(3,-1)", r"\left(3, -1\right)", "(3,-1.0)"), ("[0,3)", r"\left[0,3\right)", r"x \in [0,3)", r"0 \le x < 3"), (r"(5,\infty)", "x > 5", "5 < x"),
+    (r"(-\infty,1)\cup(3,\infty)", r"(3, \infty) \cup (-\infty, 1)"), (r"\{4,5,7\}", r"\{7,5,4\}", "4,5,7", "7, 4 and 5", "x=4, x=7, x=5"),
+    (r"1 \pm \sqrt{19}", r"1-\sqrt{19}, 1+\sqrt{19}", r"x = 1 \pm \sqrt{19}"), ("4,-4", r"\pm 4"),
+    (r"\begin{pmatrix} 1 \\ -2/3 \end{pmatrix}", r"\begin{bmatrix}1\\-\frac{2}{3}\end{bmatrix}", r"-\begin{pmatrix} -1 \\ \frac23 \end{pmatrix}"),
+    ("x^2+2x+1", "(x+1)^2", "1+2x+x^2"), ("6-5i", "-5i+6"), ("y=2x+3", "y = 3 + 2x", "2y-4x-6=0", "-2x+y=3"), ("a+b+c", "c + b + a"),
+    (r"\log_2 3", r"\log_{2}(3)"), (r"\frac\pi 2", r"\pi/2", r"\frac{\pi}{2}"), (r"\infty", "infinity", "∞"),
+]
+
+
+@pytest.mark.parametrize("family", SAME, ids=lambda family: family[0])
+def test_answers_of_one_meaning_are_equal_and_different_from_all_others(family):
+    for answer, truth in itertools.product(family, repeat=2):
+        assert align.grade(answer, truth), (answer, truth)
+    for other in SAME:
+        if not set(family) & set(other):
+            assert not align.grade(family[0], other[0]) and not align.grade(other[0], family[0]), (family[0], other[0])
+
+
+@pytest.mark.parametrize("answer, truth", [
+    ("", ""), ("", "6"), ("5/6", "6"), ("6, 7", "6"), ("either 5 or 6", "6"), (r"\boxed{5}\boxed{6}", "6"), ("x \\le 6", "6"), ("[0, 100]", "6"), ("5 6", "6"),
+    ("True", "6"), ("None", "6"), ("x", "6"), ("answer here", "6"), ("0.333", r"\frac{1}{3}"), ("3.14", r"\pi"), ("72\\%", "7.2\\%"), ("4.999", "5"),
+    ("(0,3]", "[0,3)"), ("0,3", "[0,3)"), ("(1, 2)", "(2, 1)"), ("(3,2)", "(3,2,4)"), ("x > 5", r"x \ge 5"), ("17_8", "17"), ("1:00", "12:00"), ("20", "June 20"),
+    ("x^2-9=0", "x^2-4=0"), ("x^2+50=0", "x^2+121=0"), ("x=2y+3", "y=2x+3"), ("11a+c", "7=11a+c"), ("0", "a^2+b=0"), ("5y", "5x"), ("q-p", "p-q"),
+    ("1,0000", "1000"), (r"2^{2009}", r"2^{2010}"), (r"\emptyset", "0"), ("1 hour", r"18\text{ hours}"), (r"\pm 4", "4"), ("4", r"\pm 4"), ("even, odd", "even"),
+    ("1/2, 1/3", "1/2"), (r"10x\sqrt{21x}", r"42x\sqrt{5x}"), (r"\overline{AB}", r"\overline{CD}"), ("6" * 500, "6"),
 ])
-def test_answers_are_compared_by_meaning(answer, truth, right):
-    assert align.grade(answer, truth) is right
+def test_answers_of_other_meaning_are_wrong(answer, truth):
+    assert not align.grade(answer, truth)
 
 
 @pytest.mark.parametrize("response, format_reward, answer_reward", [
@@ -220,13 +254,128 @@ def test_r1_zero_reward_wants_the_format_and_the_answer(response, format_reward,
 def test_question_only_reward_takes_the_last_box_with_balanced_braces():
     assert align.question_only_reward_fn(r"so \boxed{3}, no, \boxed{\frac{1}{2}}.", "0.5")["reward"] == 1
     assert align.question_only_reward_fn(r"so \boxed{\frac{1}{2}", "0.5") == {"reward": 0, "format_reward": 0, "answer_reward": 0}
+    assert align.question_only_reward_fn(r"\boxed{[0,3)}", "[0,3)")["reward"] == 1
     assert align.question_only_reward_fn("so 0.5", "0.5")["format_reward"] == 0
 
 
 def test_lenient_accuracy_ignores_the_format_only():
-    assert align.lenient_correct("It is 12.", "12") and align.lenient_correct(r"\boxed{12}", "12")
-    assert align.lenient_correct("<answer> 12 </answer> <answer> 12 </answer>", "12")
-    assert not align.lenient_correct("12, no, it is 13.", "12") and not align.lenient_correct("no idea", "12")
+    def lenient(response):
+        return align.lenient_reward_fn(response, "12")["reward"]
+    assert lenient("It is 12.") and lenient(r"\boxed{12}") and lenient("<answer> 12 </answer> <answer> 12 </answer>")
+    assert not lenient("12, no, it is 13.") and not lenient("no idea")
+
+
+HOSTILE = [
+    "9" * 3_000_000, "(" * 200_000, "1," * 100_000, "<answer>" * 1_000_000, r"\frac{" * 5_000, r"\sqrt{" * 60 + "1" + "}" * 60, "\x00\x01\x02", "9^{9^{9^{9}}}",
+    "10^{10^{10}}", "((9!)!)!", "99999999!", "1<<10**10", "'a'*10**10", "[*range(10**10)]", "(x+y+z)^{1000}", r"\prod_{n=1}^{1000000} n", r"\binom{10^{9}}{5\cdot 10^{8}}",
+    r"\int_0^1 \int_0^1 \frac{\sin(x^y)^{\cos(x)}}{\ln(1+xy)} dx dy", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}^{10^9}", "2^{2^{2^{2^{2^{2}}}}}", "1e-999999999",
+    r"\begin{pmatrix}" + r"1 & " * 1_000_000 + r"\end{pmatrix}", "().__class__.__bases__[0].__subclasses__()", "__import__('os').system('touch PWNED')",
+    'exec("open(\'PWNED\',\'w\')")', "eⅴaⅼ(\"open('PWNED','w')\")", "sqrt(x+" * 40 + "x" + ")" * 40, "|" * 5_000, "1=" * 5_000,
+]
+
+
+def test_hostile_answers_earn_nothing_raise_nothing_and_leave_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    started = time.perf_counter()
+    responses = [f"Let me think. </think> <answer> {answer} </answer>" for answer in HOSTILE]
+    rewards, _ = align.grade_responses(align.r1_zero_reward_fn, responses, ["5"] * len(responses))
+    assert [r["reward"] for r in rewards] == [0.0] * len(HOSTILE)
+    assert time.perf_counter() - started < 60 and list(tmp_path.iterdir()) == []
+
+
+def misbehaving_reward_fn(response, truth):
+    """A user's reward function, at module level so that it can go to a worker."""
+    if response == "hang":
+        time.sleep(1000)
+    if response == "crash":
+        os._exit(3)
+    if response == "eat":
+        return bytes(1 << 36)
+    return {"reward": 1.0, "format_reward": 1.0, "answer_reward": 1.0} if response == "good" else {}[response]
+
+
+def test_a_response_that_hangs_crashes_eats_memory_or_raises_costs_its_own_reward_only(monkeypatch):
+    monkeypatch.setattr(align, "DEADLINE", 2.0)
+    started = time.perf_counter()
+    responses = ["good"] * 40 + ["hang", "good", "crash", "good", "raise", "eat", "good", "hang"]
+    rewards, failed = align.grade_responses(misbehaving_reward_fn, responses, [""] * len(responses))
+    assert [r["reward"] for r in rewards] == [float(r == "good") for r in responses] and failed == 5
+    assert time.perf_counter() - started < 10
+    _, _, metadata = align.compute_group_normalized_rewards(misbehaving_reward_fn, ["good", "crash"], ["", ""], 2, 1e-6, True)
+    assert metadata["grading_timeouts"] == 1
+
+
+def test_grading_works_from_a_thread_and_with_a_function_that_cannot_be_pickled(capsys):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(align.grade_responses(align.r1_zero_reward_fn, ["</think> <answer> x+1 </answer>"], ["1+x"])))
+    thread.start()
+    thread.join()
+    assert results[0][0][0]["reward"] == 1
+
+    def local_reward_fn(response, truth):
+        return {"reward": 0.5, "format_reward": 1.0, "answer_reward": 0.5}
+
+    assert align.grade_responses(local_reward_fn, ["a", "b"], ["", ""])[0][1]["reward"] == 0.5
+    assert "local_reward_fn cannot be pickled: it grades in this process" in capsys.readouterr().out
+
+
+def test_workers_are_gone_when_the_run_ends_or_is_killed(tmp_path):
+    code = ("import os, sys, time; sys.path.insert(0, sys.argv[1]); import align, test_align\n"
+            "if __name__ == '__main__':\n"
+            "    align.grade_responses(align.r1_zero_reward_fn, ['</think> <answer> x+1 </answer>'] * 99, ['1+x'] * 99)\n"
+            "    print(*[p.pid for p in align.multiprocessing.active_children()], flush=True)\n"
+            "    if sys.argv[2] == 'kill': align.grading_pool().schedule(test_align.misbehaving_reward_fn, args=('hang', '')); time.sleep(1)\n"
+            "    if sys.argv[2] == 'kill': os.kill(os.getpid(), 9)\n")
+    (tmp_path / "grader.py").write_text(code)
+    for ending in ("exit", "kill"):
+        done = subprocess.run([sys.executable, tmp_path / "grader.py", str(ROOT), ending], capture_output=True, text=True, timeout=60)
+        workers = done.stdout.split()
+        assert workers, done.stderr
+        for _ in range(50):
+            if not any(Path(f"/proc/{pid}").exists() for pid in workers):
+                break
+            time.sleep(0.1)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in workers), ending
+
+
+def test_problems_without_a_usable_answer_are_reported_and_left_out(tmp_path, capsys):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({"problem": f"{i}?", "answer": a}) + "\n" for i, a in enumerate(["2", " ", r"\text{}", "$$", "x" * 500, "3"])))
+    assert [p["answer"] for p in align.load_problems(path, "tiny")] == ["2", "3"]
+    printed = capsys.readouterr().out
+    assert f"{path}, line 2: left out" in printed and "4 of 6 problems left out" in printed
+
+
+@hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
+@hypothesis.given(*[hypothesis.strategies.lists(hypothesis.strategies.sampled_from(
+    [*"0123456789", *"xyzi+-*/^=_,.:;!()[]{}|<>&% ", "\\", r"\frac", r"\sqrt", r"\pi", r"\pm", r"\cup", r"\infty", r"\{", r"\}", r"\text{", r"\boxed{", "\\\\",
+     r"\begin{pmatrix}", r"\end{pmatrix}", r"\left", r"\right", r"\sin", r"\log", r"\le", "and", "cm", "π", "√", "°", "</think>", "<answer>", "</answer>", "\n"]),
+    max_size=25).map("".join)] * 2)
+def test_no_text_makes_grading_raise_or_hang(answer, truth):
+    started = time.perf_counter()
+    for response in (answer, f"</think> <answer>{answer}</answer>"):
+        for reward_fn in (align.r1_zero_reward_fn, align.question_only_reward_fn, align.lenient_reward_fn):
+            assert set(reward_fn(response, truth)) == {"reward", "format_reward", "answer_reward"}
+    assert time.perf_counter() - started < 10
+
+
+@pytest.mark.skipif(not os.environ.get("BENCH"), reason="a benchmark: BENCH=1 pytest test_align.py -k bench -s")
+def test_bench_grading_a_step():
+    from math_verify import parse, verify
+    rng = random.Random(0)
+    pairs = [(f"</think> <answer> {rng.choice(family)} </answer>", rng.choice(family + SAME[rng.randrange(len(SAME))])) if i % 3 == 0 else
+             ("Let me think about it. " * 40, "12") for i, family in ((i, rng.choice(SAME)) for i in range(2048))]
+    align.grade_responses(align.r1_zero_reward_fn, ["</think> <answer> x+1 </answer>"] * 64, ["1+x"] * 64)       # the workers are up during a run
+    started = time.perf_counter()
+    align.grade_responses(align.r1_zero_reward_fn, *zip(*pairs))
+    ours = time.perf_counter() - started
+    started = time.perf_counter()
+    for response, truth in pairs:
+        answer = align.extract_answer(response)
+        answer is not None and verify(parse(rf"\boxed{{{truth}}}"), parse(rf"\boxed{{{answer}}}"))
+    plain = time.perf_counter() - started
+    print(f"\ngrading 2,048 responses, a third in the format: {ours:.2f} s; math-verify in process on each: {plain:.2f} s")
+    assert ours < 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
