@@ -378,6 +378,7 @@ SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in (
     (r"∪", r"\\cup "), (r"∈", r"\\in "), (r"±", r"\\pm "), (r"√\s*(\w+)", r"\\sqrt{\1}"), (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "), (r"(?<![\\a-zA-Z])inf(ini)?ty(?![a-zA-Z])", r"\\infty "),
     (r"(?<=\d)(\{,\}|,\\!)\s*(?=\d{3}(?!\d))", ""),                                                         # thousands
+    (r"(?<![\d.,(\[{⟨])(?<![(\[{⟨,]-)\d{1,3}(,\d{3})+(?![\d,])(?!,\s)", lambda match: match[0].replace(",", "")),
     (r"(?<!\\)\\[,;:! ]|~|\\(left|right|displaystyle|q?quad|[bB]igg?[lr]?|approx)(?![a-zA-Z])", " "),       # layout
     (r"\\\{|\\lbrace", "⟨"), (r"\\\}|\\rbrace", "⟩"), (r"\\?[$%]|(?<!\\)\\[\[\]()]", ""),                   # sets; currency, percent, delimiters
     (r"°|\^\s*\{?\s*\\circ\s*\}?|\\degrees?(?![a-zA-Z])", ""),
@@ -405,7 +406,7 @@ def closing_index(text, start):
 def last_boxed(text):
     r"""The content of the last \boxed{…} with balanced braces, or None. last_boxed(r"so \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"."""
     start = text.rfind(r"\boxed{") + len(r"\boxed")
-    end = closing_index(text.replace("(", " ").replace(")", " ").replace("[", " ").replace("]", " "), start) if r"\boxed{" in text else -1
+    end = closing_index(text, start) if r"\boxed{" in text else -1
     return text[start + 1:end] if end > 0 else None
 
 
@@ -426,7 +427,7 @@ def normalize_answer(text):
 
 
 NUMBER_SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in (
-    (r"\\frac\s*\{\s*([+-]?\d+)\s*\}\s*\{\s*(\d+)\s*\}", r" \1/\2"), (r"\s*/\s*", "/"), (r"(?<=\d),\s?(?=\d{3}(?!\d))", ""),
+    (r"\\frac\s*\{\s*([+-]?\d+)\s*\}\s*\{\s*(\d+)\s*\}", r" \1/\2"), (r"\s*/\s*", "/"),
     (r"^10\s*\^", r"1 \\cdot 10^"), (r"\s*(\\times|\\cdot|\*)\s*10\s*\^\s*\{?\s*([+-]?\d{1,3})\s*\}?$", r"e\2"),
 )]
 
@@ -480,19 +481,19 @@ def as_collection(text):
 
 
 def plain(text):
-    """For comparing words: no case, no article, no space."""
-    return re.sub(r"^(an?|the) |\s", "", text.casefold())
+    """For comparing words: no case, no article, no space except between digits."""
+    return re.sub(r"^(an?|the) |\s(?!\d)|(?<!\d)\s", "", text.casefold())
 
 
 def same(answer, truth, depth=0):
     """Do two normalised answers mean the same?"""
+    numbers = as_number(answer), as_number(truth)
+    if None not in numbers:
+        return numbers[0] == numbers[1]
     if plain(answer) == plain(truth):
         return answer != ""
     if not answer or not truth or depth > 4:
         return False
-    numbers = as_number(answer), as_number(truth)
-    if None not in numbers:
-        return numbers[0] == numbers[1]
     # x = 5 is 5, and f(x) = 2x is 2x, but 7 = 2x is not 2x
     (left, *right), (true_left, *true_right) = split_top(answer, "="), split_top(truth, "=")
     name = r"\\?[a-zA-Z]+(_\{?\w+\}?)?\s*(\([^=]*\))?"
@@ -645,7 +646,7 @@ def reward_fn_and_stop(prompt_name):
 
 
 # Grading a batch, in worker processes: sympy can hang in C code, where no signal reaches it, or take all memory. A process can be killed.
-DEADLINE = 6.0              # seconds that one response may take
+DEADLINE = 6.0              # seconds that one response may take: half of them among others, half alone
 WORKER_MEMORY = 2 << 30     # bytes that a worker may take
 
 
@@ -699,14 +700,16 @@ def grade_responses(reward_fn, responses, truths):
     # A chunk that fails is graded again one by one, so that only the response at fault loses its reward.
     futures = [[future] if future.exception() is None else [schedule(grade_chunk, args=(reward_fn, [pair]), timeout=DEADLINE / 2) for pair in chunk]
                for future, chunk in zip(futures, chunks)]
-    rewards, failed = [], 0
+    rewards, errors = [], []
     for future in itertools.chain.from_iterable(futures):
         if future.exception() is None:
             rewards += future.result()
         else:
             rewards.append({"reward": 0.0, "format_reward": 0.0, "answer_reward": 0.0})
-            failed += 1
-    return rewards, failed
+            errors.append(future.exception())
+    if len(errors) == len(pairs) >= size:       # not a hard case here and there, but a reward function that does not work
+        raise UserError(f"the reward function failed on every one of {len(pairs)} responses, first with {errors[0]!r}")
+    return rewards, len(errors)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

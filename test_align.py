@@ -207,8 +207,8 @@ SAME = [     # spellings of one meaning, a family a line
     (r"12\pi", "12π", "12 pi", r"\pi \cdot 12"), (r"3\sqrt{13}", "3√13", "3*sqrt(13)", r"\sqrt{117}"),
     (r"\text{Evelyn}", "Evelyn", "evelyn", "Evelyn."), ("ellipse", "an ellipse"), (r"\text{(C)}", "C", "(C)", r"\textbf{(C)}", "c"),
     ("5", "x=5", "$x = 5$"), ("42", r"\text{Area} = 42", "Area = 42"), ("2x+1", "f(x) = 2x+1", "1+2x"), (r"\text{June 20}", "June 20"), ("3:5", "3 : 5"), ("506_7", "506_{7}"),
-    ("(3,-1)", r"\left(3, -1\right)", "(3,-1.0)"), ("[0,3)", r"\left[0,3\right)", r"x \in [0,3)", r"0 \le x < 3"), (r"(5,\infty)", "x > 5", "5 < x"),
-    (r"(-\infty,1)\cup(3,\infty)", r"(3, \infty) \cup (-\infty, 1)"), (r"\{4,5,7\}", r"\{7,5,4\}", "4,5,7", "7, 4 and 5", "x=4, x=7, x=5"),
+    ("(3,-1)", r"\left(3, -1\right)", "(3,-1.0)"), ("[0,3)", r"\left[0,3\right)", r"x \in [0,3)", r"0 \le x < 3"), (r"(5,\infty)", "x > 5", "5 < x"), (r"[-36, 104]", "[-36,104]"),
+    (r"(-\infty,1)\cup(3,\infty)", r"(3, \infty) \cup (-\infty, 1)"), ("100, 200, 300", "300, 200, 100"), (r"\{4,5,7\}", r"\{7,5,4\}", "4,5,7", "7, 4 and 5", "x=4, x=7, x=5"),
     (r"1 \pm \sqrt{19}", r"1-\sqrt{19}, 1+\sqrt{19}", r"x = 1 \pm \sqrt{19}"), ("4,-4", r"\pm 4"),
     (r"\begin{pmatrix} 1 \\ -2/3 \end{pmatrix}", r"\begin{bmatrix}1\\-\frac{2}{3}\end{bmatrix}", r"-\begin{pmatrix} -1 \\ \frac23 \end{pmatrix}"),
     ("x^2+2x+1", "(x+1)^2", "1+2x+x^2"), ("6-5i", "-5i+6"), ("y=2x+3", "y = 3 + 2x", "2y-4x-6=0", "-2x+y=3"), ("a+b+c", "c + b + a"),
@@ -231,6 +231,7 @@ def test_answers_of_one_meaning_are_equal_and_different_from_all_others(family):
     ("(0,3]", "[0,3)"), ("0,3", "[0,3)"), ("(1, 2)", "(2, 1)"), ("(3,2)", "(3,2,4)"), ("x > 5", r"x \ge 5"), ("17_8", "17"), ("1:00", "12:00"), ("20", "June 20"),
     ("x^2-9=0", "x^2-4=0"), ("x^2+50=0", "x^2+121=0"), ("x=2y+3", "y=2x+3"), ("11a+c", "7=11a+c"), ("0", "a^2+b=0"), ("5y", "5x"), ("q-p", "p-q"),
     ("1,0000", "1000"), (r"2^{2009}", r"2^{2010}"), (r"\emptyset", "0"), ("1 hour", r"18\text{ hours}"), (r"\pm 4", "4"), ("4", r"\pm 4"), ("even, odd", "even"),
+    ("1 1/2", "11/2"), ("5 6", "56"), ("100, 200", "100200"), ("1, 234", "1234"),
     ("1/2, 1/3", "1/2"), (r"10x\sqrt{21x}", r"42x\sqrt{5x}"), (r"\overline{AB}", r"\overline{CD}"), ("6" * 500, "6"),
 ])
 def test_answers_of_other_meaning_are_wrong(answer, truth):
@@ -301,6 +302,8 @@ def test_a_response_that_hangs_crashes_eats_memory_or_raises_costs_its_own_rewar
     rewards, failed = align.grade_responses(misbehaving_reward_fn, responses, [""] * len(responses))
     assert [r["reward"] for r in rewards] == [float(r == "good") for r in responses] and failed == 5
     assert time.perf_counter() - started < 10
+    with pytest.raises(align.UserError, match="failed on every one of 40 responses, first with KeyError"):
+        align.grade_responses(misbehaving_reward_fn, ["raise"] * 40, [""] * 40)
     _, _, metadata = align.compute_group_normalized_rewards(misbehaving_reward_fn, ["good", "crash"], ["", ""], 2, 1e-6, True)
     assert metadata["grading_timeouts"] == 1
 
