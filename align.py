@@ -388,6 +388,7 @@ SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in (
     (r"\\(text\w*|mbox|math(rm|bf|it)|operatorname)\s*\{([^{}]*)\}", r" \3 "),
     (rf"^([-+]?[\d.,/]+|.*\}}|.*\\pi)\s+{UNIT_WORDS}(\^\s*\{{?\d+\}}?)?\s*$", r"\1"),                         # 12 square cm
     (r",?\s+(and|or)\s+", ", "), (r"\\leq(?![a-zA-Z])", r"\\le"), (r"\\geq(?![a-zA-Z])", r"\\ge"),
+    (r"(?<![\w.}/^])(\d+)\s*/\s*(\d+)(?![\d./])", r"\\frac{\1}{\2}"),                                     # 3/4\pi is \frac{3}{4}\pi
     (r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"\s+", " "), (r"\.\s*$| (?=[,)\]⟩}])|(?<=[,(\[⟨{]) ", ""),
 )]
 OPENING, CLOSING = "([{⟨", ")]}⟩"
