@@ -1,8 +1,8 @@
 """The specification of align.py, in the order of its sections: what each part promises, checked against values derived by hand,
 brute force over small cases, and real runs of the embedded setting.
 
-    pytest test_align.py              # about three minutes on two cores; makes data/arithmetic/ first if it is not there
-    pytest test_align.py -k "not run" # the mathematics alone, seconds
+    pytest test_align.py              # about four minutes on two cores; makes data/arithmetic/ first if it is not there
+    pytest test_align.py -k "not run" # the mathematics alone, a minute
 """
 
 import collections
