@@ -120,8 +120,7 @@ def boolean(text):
 
 def build_parser():
     """(parser, {flag: the algorithms that use it}). Groups name the algorithms that a flag is for."""
-    parser = argparse.ArgumentParser(prog="align.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(prog="align.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     users = {}
 
     def group(title, *algos):
@@ -208,7 +207,6 @@ def build_parser():
                 values = {str(v) for v in [preset.get(action.dest), *(preset[a].get(action.dest) for a in ALGOS)] if v is not None}
                 action.help += f" [{name}: {' | '.join(sorted(values))}]" if values else ""
             action.help += " (default: %(default)s)" if action.default is not None and "[tiny" not in action.help else ""
-    parser.formatter_class = argparse.HelpFormatter
     return parser, users
 
 
@@ -263,16 +261,20 @@ def parse_args(argv=None):
     if args.algo != "eval":
         require(args.train_batch_size % args.gradient_accumulation_steps == 0,
                 f"--gradient_accumulation_steps {args.gradient_accumulation_steps} does not divide --train_batch_size {args.train_batch_size}")
+    vllm = args.sampler == "vllm" or (args.sampler == "auto" and args.device == "cuda")
+    useful = [("gpu_memory_utilization", vllm, "--sampler vllm"), ("vllm_sleep", vllm, "--sampler vllm"),
+              ("sampler_batch_size", args.sampler != "vllm", "--sampler torch")]
     if args.algo == "grpo":
         require(args.rollout_batch_size % args.group_size == 0,
                 f"--group_size {args.group_size} does not divide --rollout_batch_size {args.rollout_batch_size}")
         require(args.rollout_batch_size % args.train_batch_size == 0,
                 f"--train_batch_size {args.train_batch_size} does not divide --rollout_batch_size {args.rollout_batch_size}")
         require(args.loss_type == "no_baseline" or args.group_size > 1, "--group_size 1 leaves no group to compare with: every advantage is 0")
-        for flag, useful, where in (("cliprange", args.loss_type == "grpo_clip", "--loss_type grpo_clip"),
-                                    ("use_std_normalization", args.loss_type != "no_baseline", "a loss with a baseline"),
-                                    ("advantage_eps", args.use_std_normalization and args.loss_type != "no_baseline", "--use_std_normalization")):
-            require(useful or flag not in typed, f"--{flag} is only used with {where}")
+        baseline = args.loss_type != "no_baseline"
+        useful += [("cliprange", args.loss_type == "grpo_clip", "--loss_type grpo_clip"), ("use_std_normalization", baseline, "a loss with a baseline"),
+                   ("advantage_eps", baseline and args.use_std_normalization, "--use_std_normalization")]
+    for flag, is_useful, where in useful:
+        require(is_useful or flag not in typed, f"--{flag} is only used with {where}")
     return args
 
 
@@ -392,6 +394,7 @@ SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in (
     (r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"\s+", " "), (r"\.\s*$| (?=[,)\]⟩}])|(?<=[,(\[⟨{]) ", ""),
 )]
 OPENING, CLOSING = "([{⟨", ")]}⟩"
+MIRRORED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 
 
 def closing_index(text, start):
@@ -458,11 +461,12 @@ def as_collection(text):
     """(kind, items) of an interval, tuple, set, list, union or matrix, else None. Kinds that end in "set" have no order."""
     text = re.sub(r"^[a-zA-Z]\s*\\in(?![a-zA-Z])\s*", "", text)
     parts = re.split(r"\s*(<|>|\\le(?![a-zA-Z])|\\ge(?![a-zA-Z]))\s*", text)        # x > 5 and 0 < x \le 3 are intervals
-    if len(parts) == 3 and sum(re.fullmatch("[a-zA-Z]", part) is not None for part in parts) == 1:
-        value, upper = (parts[2], parts[1] in ("<", r"\le")) if len(parts[0]) == 1 and parts[0].isalpha() else (parts[0], parts[1] in (">", r"\ge"))
-        closed = parts[1] in (r"\le", r"\ge")
-        return ("(]" if closed else "()", [r"-\infty", value]) if upper else ("[)" if closed else "()", [value, r"\infty"])
-    if len(parts) == 5 and re.fullmatch("[a-zA-Z]", parts[2]) and {parts[1], parts[3]} <= {"<", r"\le"}:
+    if len(parts) == 3 and parts[2].isalpha() and len(parts[2]) == 1 and parts[1] in MIRRORED:
+        parts = [parts[2], MIRRORED[parts[1]], parts[0]]
+    if len(parts) == 3 and parts[0].isalpha() and len(parts[0]) == 1:
+        return {"<": ("()", [r"-\infty", parts[2]]), r"\le": ("(]", [r"-\infty", parts[2]]),
+                ">": ("()", [parts[2], r"\infty"]), r"\ge": ("[)", [parts[2], r"\infty"])}[parts[1]]
+    if len(parts) == 5 and parts[2].isalpha() and len(parts[2]) == 1 and {parts[1], parts[3]} <= {"<", r"\le"}:
         return ("(" if parts[1] == "<" else "[") + (")" if parts[3] == "<" else "]"), [parts[0], parts[4]]
     match = re.fullmatch(r"\\begin\s*\{pmatrix\}(.*)\\end\s*\{pmatrix\}", text)
     if match and r"\begin" not in match[1]:
@@ -1301,11 +1305,14 @@ class Run:
 
 def load_run(args):
     """Model, tokenizer and sampler of a run. Raises UserError where the model cannot be had."""
-    if any(path.startswith("data/arithmetic/") and not Path(path).exists()
-           for path in (args.model, args.val_data, getattr(args, "train_data", ""), getattr(args, "sft_data", ""))):
+    data_files = [vars(args)[flag] for flag in ("train_data", "val_data", "sft_data") if flag in vars(args) and not vars(args).get("question")]
+    if any(path.startswith("data/arithmetic/") and not Path(path).exists() for path in (args.model, *data_files)):
         print("data/arithmetic/ is not complete yet: making it with prepare_data.py", flush=True)
         from prepare_data import prepare_arithmetic
         prepare_arithmetic("data/arithmetic")
+    for path in data_files:
+        if not Path(path).is_file():            # before a model is downloaded
+            raise UserError(f"{path} is not there; it holds JSON lines, as README.md describes")
     from safetensors import SafetensorError
     if Path(args.model).is_dir():
         transformers_logging.disable_progress_bar()     # only a download is slow enough to need one
@@ -1651,11 +1658,11 @@ def train_grpo(args):
         started = time.perf_counter()
         rollouts, repeated = sample_for_training(run, problems, prompts_per_step, args.group_size, step)
         sampled = time.perf_counter()
-        advantages, raw_rewards, graded = compute_group_normalized_rewards(
+        advantages, raw_rewards, reward_metadata = compute_group_normalized_rewards(
             run.reward_fn, [r.text for r in rollouts], [p["answer"] for p in repeated], args.group_size, args.advantage_eps,
             args.use_std_normalization and args.group_size > 1)
         time_grading = time.perf_counter() - sampled
-        log_generations(Path(args.output_dir, "samples.jsonl"), step, "training", rollouts, graded["rewards"], repeated)
+        log_generations(Path(args.output_dir, "samples.jsonl"), step, "training", rollouts, reward_metadata["rewards"], repeated)
 
         batch = batch_token_ids([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts],
                                 run.tokenizer.pad_token_id or run.tokenizer.eos_token_id)
@@ -1678,10 +1685,10 @@ def train_grpo(args):
                 updates.append(grpo_update(run, take(batch, rows), learning_rate))
         finished = time.perf_counter()
         finish_step(run, {"step": step, "time": finished - started, "time_sampling": sampled - started, "time_grading": time_grading,
-                          "time_training": finished - sampled - time_grading, "train_reward_total": graded["reward_mean"],
-                          "train_reward_format": graded["format_reward_mean"], "train_reward_answer": graded["answer_reward_mean"],
-                          "advantage_std": advantages.std(correction=0).item(), "equal_reward_groups": graded["equal_reward_groups"],
-                          "grading_timeouts": graded["grading_timeouts"],
+                          "time_training": finished - sampled - time_grading, "train_reward_total": reward_metadata["reward_mean"],
+                          "train_reward_format": reward_metadata["format_reward_mean"], "train_reward_answer": reward_metadata["answer_reward_mean"],
+                          "advantage_std": advantages.std(correction=0).item(), "equal_reward_groups": reward_metadata["equal_reward_groups"],
+                          "grading_timeouts": reward_metadata["grading_timeouts"],
                           "learning_rate": learning_rate, **sampling_metrics(rollouts, sampled - started), **update_metrics(updates)},
                     checkpoint=f"checkpoint_step_{step}")
 
@@ -1727,6 +1734,9 @@ def main(argv=None):
     except UserError as error:
         print(f"align.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("align.py: interrupted; what was saved before is intact", file=sys.stderr)
+        sys.exit(130)
     except OSError as error:            # no space, no permission, a folder that vanished
         print(f"align.py: {error}", file=sys.stderr)
         sys.exit(2)
