@@ -53,6 +53,7 @@ from pathlib import Path
 
 import pebble
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
@@ -60,6 +61,12 @@ from transformers.utils import logging as transformers_logging
 
 class UserError(ValueError):
     """Something that the user can mend: `main` prints it as one sentence and exits with code 2."""
+
+
+def reason(error):
+    """What an exception says, on one line: the first two lines of its message."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return " ".join(lines[:2])[:500] or type(error).__name__
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -942,11 +949,6 @@ class Rollout:
     finish_reason: str      # "stop": ended by itself; "length": cut at max_tokens
 
 
-def first_sentence(error):
-    """The first line of an exception's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def autocast(args):
     """Matrix products in bfloat16 where --dtype says so; weights, log-probs and losses stay float32."""
     return torch.autocast(args.device, torch.bfloat16) if args.dtype == "bfloat16" else contextlib.nullcontext()
@@ -1068,8 +1070,9 @@ class VLLMSampler:
             self.llm = vllm.LLM(model=args.model, dtype=args.dtype, seed=args.seed, gpu_memory_utilization=args.gpu_memory_utilization,
                                 enable_sleep_mode=self.sleeps, logprobs_mode="processed_logprobs", generation_config="vllm",
                                 disable_log_stats=True, **cpu_settings)
+            self.llm.generate([{"prompt_token_ids": [tokenizer.eos_token_id]}], vllm.SamplingParams(max_tokens=1), use_tqdm=False)  # does it run?
         except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
-            raise UserError(f"vLLM {vllm.__version__} cannot serve {args.model}: {first_sentence(error)}; too little memory is mended by "
+            raise UserError(f"vLLM {vllm.__version__} cannot serve {args.model}: {reason(error)}; too little memory is mended by "
                             f"--gpu_memory_utilization (now {args.gpu_memory_utilization}; on a CPU by VLLM_CPU_KVCACHE_SPACE, in GiB), "
                             "an unsupported model by --sampler torch") from error
         if self.sleeps:
@@ -1086,7 +1089,7 @@ class VLLMSampler:
                 # The CPU build multiplies by a packed copy of the output head, which a hand-over of tied embeddings leaves as it was.
                 self.llm.apply_model(lambda served: served.lm_head.quant_method.process_weights_after_loading(served.lm_head))
         except (AttributeError, TypeError, NotImplementedError) as error:
-            raise UserError(f"vLLM {self.vllm.__version__} has not the weight hand-over of 0.32.0 ({first_sentence(error)}): install "
+            raise UserError(f"vLLM {self.vllm.__version__} has not the weight hand-over of 0.32.0 ({reason(error)}): install "
                             "vllm==0.32.0, or use --sampler torch") from error
         if self.sleeps:
             self.llm.wake_up(tags=["kv_cache"])
@@ -1258,14 +1261,22 @@ def plot_runs(folders, path):
 
 
 def save_checkpoint(path, model, tokenizer, optimizer=None, step=None):
-    """A Hugging Face folder, which from_pretrained and `vllm serve` open, plus the trainer's state. Written aside, then renamed."""
+    """A Hugging Face folder, which from_pretrained and `vllm serve` open, plus the trainer's state. Written aside, then renamed.
+
+    Raises UserError where it cannot be written; what was saved before is not touched.
+    """
     partial = Path(f"{path}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    if optimizer is not None:
-        torch.save({"optimizer": optimizer.state_dict(), "step": step}, partial / "trainer_state.pt")
-    os.replace(partial, path)
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if optimizer is not None:
+            torch.save({"optimizer": optimizer.state_dict(), "step": step}, partial / "trainer_state.pt")
+        os.replace(partial, path)
+    except (OSError, RuntimeError, SafetensorError) as error:       # safetensors and torch.save do not raise OSError on a full disk
+        free = shutil.disk_usage(partial.parent).free / 1e6
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{path} cannot be written ({free:.0f} MB free on its disk): {reason(error)}; what was saved before is intact") from error
 
 
 def open_output_dir(args):
@@ -1313,7 +1324,6 @@ def load_run(args):
     for path in data_files:
         if not Path(path).is_file():            # before a model is downloaded
             raise UserError(f"{path} is not there; it holds JSON lines, as README.md describes")
-    from safetensors import SafetensorError
     if Path(args.model).is_dir():
         transformers_logging.disable_progress_bar()     # only a download is slow enough to need one
     try:
@@ -1323,7 +1333,7 @@ def load_run(args):
         attention = "flash_attention_2" if flash else "sdpa"
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation=attention)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"--model {args.model} cannot be loaded: {first_sentence(error)}") from error
+        raise UserError(f"--model {args.model} cannot be loaded: {reason(error)}") from error
     transformers_logging.disable_progress_bar()
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {args.model}: its tokenizer has no end-of-sequence token")

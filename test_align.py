@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -900,6 +901,22 @@ def test_a_checkpoint_is_a_hugging_face_folder_that_appears_whole(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "checkpoint")("a b")["input_ids"] == [1, 2]
     assert torch.load(tmp_path / "checkpoint/trainer_state.pt")["step"] == 7
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_intact(tmp_path, monkeypatch):
+    model, tokenizer = random_model(4), word_tokenizer("a", "b", "c")
+    align.save_checkpoint(tmp_path / "checkpoint_1", model, tokenizer)
+    import resource
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))        # writing fails in the middle of a file, as on a full disk
+    try:
+        with pytest.raises(align.UserError, match="checkpoint_2 cannot be written .* what was saved before is intact"):
+            align.save_checkpoint(tmp_path / "checkpoint_2", model, tokenizer, torch.optim.AdamW(model.parameters()), 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint_1"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint_1")
 
 
 def test_a_gradient_that_is_not_finite_is_dropped_and_counted():
