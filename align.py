@@ -350,7 +350,7 @@ def load_problems(path, prompt_name):
     """
     problems, unusable = [], []
     for record in read_jsonl(path, [("problem", "answer")], may_be_blank="answer"):
-        (problems if is_usable_truth(record["answer"]) else unusable).append(record)
+        (problems if grade(record["answer"], record["answer"]) else unusable).append(record)
     for record in unusable[:5]:
         print(f"{path}, line {record['line']}: left out, since its answer {record['answer'][:60]!r} is empty or cannot be parsed")
     if unusable:
@@ -401,7 +401,6 @@ SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in (
     (r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"\s+", " "), (r"\.\s*$| (?=[,)\]⟩}])|(?<=[,(\[⟨{]) ", ""),
 )]
 OPENING, CLOSING = "([{⟨", ")]}⟩"
-MIRRORED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 
 
 def closing_index(text, start):
@@ -467,14 +466,6 @@ def split_top(text, separator):
 def as_collection(text):
     """(kind, items) of an interval, tuple, set, list, union or matrix, else None. Kinds that end in "set" have no order."""
     text = re.sub(r"^[a-zA-Z]\s*\\in(?![a-zA-Z])\s*", "", text)
-    parts = re.split(r"\s*(<|>|\\le(?![a-zA-Z])|\\ge(?![a-zA-Z]))\s*", text)        # x > 5 and 0 < x \le 3 are intervals
-    if len(parts) == 3 and parts[2].isalpha() and len(parts[2]) == 1 and parts[1] in MIRRORED:
-        parts = [parts[2], MIRRORED[parts[1]], parts[0]]
-    if len(parts) == 3 and parts[0].isalpha() and len(parts[0]) == 1:
-        return {"<": ("()", [r"-\infty", parts[2]]), r"\le": ("(]", [r"-\infty", parts[2]]),
-                ">": ("()", [parts[2], r"\infty"]), r"\ge": ("[)", [parts[2], r"\infty"])}[parts[1]]
-    if len(parts) == 5 and parts[2].isalpha() and len(parts[2]) == 1 and {parts[1], parts[3]} <= {"<", r"\le"}:
-        return ("(" if parts[1] == "<" else "[") + (")" if parts[3] == "<" else "]"), [parts[0], parts[4]]
     match = re.fullmatch(r"\\begin\s*\{pmatrix\}(.*)\\end\s*\{pmatrix\}", text)
     if match and r"\begin" not in match[1]:
         rows = [row for row in match[1].split(r"\\") if row.strip()]
@@ -490,6 +481,46 @@ def as_collection(text):
     items = [item.replace(r"\pm", sign).replace(r"\mp", "-" if sign == "+" else "+").lstrip("+ ") for item in items
              for sign in ("+-" if re.search(r"\\pm|\\mp", item) else "+")]
     return ("set", items) if braced or len(items) > 1 else None
+
+
+# Step 3: math-verify for the rest, behind a guard: towers of powers and the like would take it forever.
+HEAVY = re.compile(r"__|['\"]|<<|\*\*.*\*\*|\^\s*[{(]*\s*-?\d+\s*(\^|!|\*\*)|\^\s*[{(]*\s*-?\d{5,}|\d{3,}\s*!|!\s*\)+\s*!|[^\x00-\x7f]")
+PARSER_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NameError, RuntimeError, SyntaxError, TypeError, ValueError)
+
+
+def parse_math(text, seconds):
+    """The sympy object of a LaTeX string; ValueError if math-verify finds none."""
+    import sympy
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)     # it logs whole responses
+    # Bare strings such as (3,-1) parse to nothing, \boxed{} ones do. units=True would eat trailing letters, as the b of a + b.
+    rules = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="all", equations=False)
+    parsed = parse(r"\boxed{%s}" % text, [LatexExtractionConfig(normalization_config=rules)], parsing_timeout=seconds)
+    if not parsed or isinstance(parsed[0], str):
+        raise ValueError(f"not mathematics: {text}")
+    symbols = getattr(parsed[0], "free_symbols", ())
+    return parsed[0].subs({s: sympy.I if s.name == "i" else sympy.Symbol(s.name) for s in symbols})     # they come with odd assumptions
+
+
+def same_value(answer, truth):
+    """math-verify's verdict on two expressions; two equations are the same where one is a multiple of the other."""
+    import sympy
+    from math_verify import verify
+    if HEAVY.search(answer) or HEAVY.search(truth):
+        return False
+    seconds = 2 if threading.current_thread() is threading.main_thread() else None      # an alarm signal: only a main thread can get it
+    try:
+        if "=" in answer:       # math-verify compares solutions, and two equations without any compare as equal
+            left, right = (parse_math("{}-({})".format(*text.split("=")), seconds) for text in (answer, truth))
+            ratio = sympy.cancel(left / right)
+            return bool(ratio.is_number and ratio.is_finite and ratio != 0)
+        return bool(verify([parse_math(truth, seconds)], [parse_math(answer, seconds)], timeout_seconds=seconds))   # truth first: not symmetric
+    except PARSER_ERRORS:
+        return False
+
+
+# The three together.
 
 
 def plain(text):
@@ -510,7 +541,7 @@ def same(answer, truth, depth=0):
     (left, *right), (true_left, *true_right) = split_top(answer, "="), split_top(truth, "=")
     name = r"\\?[a-zA-Z]+(_\{?\w+\}?)?\s*(\([^=]*\))?"
     if len(right) == len(true_right) == 1:
-        return plain(left) == plain(true_left) and same(right[0], true_right[0], depth + 1) or same_equation((left, *right), (true_left, *true_right))
+        return plain(left) == plain(true_left) and same(right[0], true_right[0], depth + 1) or same_value(answer, truth)
     if len(right) == 1 and not true_right and re.fullmatch(name, left):
         return same(right[0], truth, depth + 1)
     if len(true_right) == 1 and not right and re.fullmatch(name, true_left):
@@ -541,64 +572,11 @@ def same(answer, truth, depth=0):
     return same_value(answer, truth)
 
 
-# Step 3: math-verify for the rest, behind a guard: towers of powers and the like would take it forever.
-HEAVY = re.compile(r"__|['\"]|<<|\*\*.*\*\*|\^\s*[{(]*\s*-?\d+\s*(\^|!|\*\*)|\^\s*[{(]*\s*-?\d{5,}|\d{3,}\s*!|!\s*\)+\s*!|[^\x00-\x7f]")
-PARSER_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NameError, RuntimeError, SyntaxError, TypeError, ValueError)
-
-
-def alarm_seconds():
-    """math-verify's own time limit, an alarm signal, which only a main thread can get."""
-    return 2 if threading.current_thread() is threading.main_thread() else None
-
-
-def parse_math(text):
-    """The sympy object of a LaTeX string; ValueError if math-verify finds none."""
-    import sympy
-    from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)     # it logs whole responses
-    # Bare strings such as (3,-1) parse to nothing, \boxed{} ones do. units=True would eat trailing letters, as the b of a + b.
-    rules = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="all", equations=False)
-    parsed = parse(r"\boxed{%s}" % text, [LatexExtractionConfig(normalization_config=rules)], parsing_timeout=alarm_seconds())
-    if not parsed or isinstance(parsed[0], str):
-        raise ValueError(f"not mathematics: {text}")
-    symbols = getattr(parsed[0], "free_symbols", ())
-    return parsed[0].subs({s: sympy.I if s.name == "i" else sympy.Symbol(s.name) for s in symbols})     # they come with odd assumptions
-
-
-def same_value(answer, truth):
-    """math-verify's verdict. The truth comes first: verify is not symmetric."""
-    from math_verify import verify
-    if HEAVY.search(answer) or HEAVY.search(truth):
-        return False
-    try:
-        return bool(verify([parse_math(truth)], [parse_math(answer)], timeout_seconds=alarm_seconds()))
-    except PARSER_ERRORS:
-        return False
-
-
-def same_equation(sides, true_sides):
-    """Is one equation a multiple of the other? (math-verify compares solutions, and two equations without any compare as equal.)"""
-    import sympy
-    if any(HEAVY.search(side) or len(side) > 150 for side in (*sides, *true_sides)):
-        return False
-    try:
-        ratio = sympy.cancel(parse_math("{}-({})".format(*sides)) / parse_math("{}-({})".format(*true_sides)))
-        return bool(ratio.is_number and ratio.is_finite and ratio != 0)
-    except PARSER_ERRORS:
-        return False
-
-
 def grade(answer, truth):
     """True where `answer` means the same as `truth` (strings, LaTeX or plain)."""
     if max(len(answer), len(truth)) > 400:          # longer than any answer: not worth the risk
         return answer.strip() == truth.strip() != ""
     return same(normalize_answer(answer), normalize_answer(truth))
-
-
-def is_usable_truth(truth):
-    """Could any answer equal it?"""
-    return grade(truth, truth) and len(truth) <= 400
 
 
 # The rewards.
@@ -640,18 +618,6 @@ def question_only_reward_fn(response, ground_truth):
     return score(last_boxed(response), ground_truth)
 
 
-def lenient_reward_fn(response, ground_truth):
-    """1 where the right answer is the answer tag's content, the last box or the last number, whatever the format around it.
-
-    For evaluation only: a rise in accuracy that this does not share is a gain in format, not in reasoning.
-    """
-    end = response[-2000:]
-    candidates = [end.rpartition("<answer>")[2].partition("</answer>")[0] if "<answer>" in end else None, last_boxed(end),
-                  *re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", end)[-1:]]
-    right = float(any(grade(candidate, ground_truth) for candidate in candidates if candidate is not None))
-    return {"reward": right, "format_reward": 1.0, "answer_reward": right}
-
-
 def reward_fn_and_stop(prompt_name):
     """(reward function, stop string) that go with a prompt; without a stop string a response ends with the end-of-sequence token."""
     return (question_only_reward_fn, None) if prompt_name == "question_only" else (r1_zero_reward_fn, "</answer>")
@@ -662,16 +628,6 @@ DEADLINE = 6.0              # seconds that one response may take: half of them a
 WORKER_MEMORY = 2 << 30     # bytes that a worker may take
 
 
-@functools.cache
-def grading_pool():
-    """The worker processes, started once. They wait while the model computes, and end with this process."""
-    import math_verify      # noqa: F401 (imported before the fork, the workers share it)
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = pebble.ProcessPool(max_workers=min(os.cpu_count(), 16), initializer=start_worker, context=context)
-    atexit.register(lambda: (pool.stop(), pool.join()))
-    return pool
-
-
 def start_worker():
     """What a worker does first: bound its memory, leave Ctrl-C to the parent, and end when the parent is killed."""
     import resource
@@ -680,6 +636,16 @@ def start_worker():
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + WORKER_MEMORY, taken + WORKER_MEMORY))
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
+
+
+@functools.cache
+def grading_pool():
+    """The worker processes, started once. They wait while the model computes, and end with this process."""
+    import math_verify      # noqa: F401 (imported before the fork, the workers share it)
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = pebble.ProcessPool(max_workers=min(os.cpu_count(), 16), initializer=start_worker, context=context)
+    atexit.register(lambda: (pool.stop(), pool.join()))
+    return pool
 
 
 def grade_chunk(reward_fn, pairs):
@@ -1130,6 +1096,18 @@ def make_sampler(args, tokenizer):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def lenient_reward_fn(response, ground_truth):
+    """1 where the right answer is the answer tag's content, the last box or the last number, whatever the format around it.
+
+    For evaluation only: a rise in accuracy that this does not share is a gain in format, not in reasoning.
+    """
+    end = response[-2000:]
+    candidates = [end.rpartition("<answer>")[2].partition("</answer>")[0] if "<answer>" in end else None, last_boxed(end),
+                  *re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", end)[-1:]]
+    right = float(any(grade(candidate, ground_truth) for candidate in candidates if candidate is not None))
+    return {"reward": right, "format_reward": 1.0, "answer_reward": right}
+
+
 def pass_at_k(n, c, k):
     """The unbiased estimate of P(at least one of k samples is right) from n samples of which c are right ([pass@k] equation 1).
 
@@ -1324,6 +1302,7 @@ def load_run(args):
     for path in data_files:
         if not Path(path).is_file():            # before a model is downloaded
             raise UserError(f"{path} is not there; it holds JSON lines, as README.md describes")
+    grading_pool().schedule(int)        # starts the workers now, before this process holds a model and a GPU
     if Path(args.model).is_dir():
         transformers_logging.disable_progress_bar()     # only a download is slow enough to need one
     try:
@@ -1342,7 +1321,7 @@ def load_run(args):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
-    if getattr(args, "gradient_checkpointing", False):
+    if args.algo != "eval" and args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.to(args.device)
     print(f"model {args.model}: {model.num_parameters() / 1e6:.1f}M parameters on {args.device}, {args.dtype}, attention {attention}", flush=True)
@@ -1431,7 +1410,7 @@ def sampling_metrics(rollouts, seconds):
 GAP_LIMITS = {"float32": (1e-3, 1e-2), "bfloat16": (0.2, math.inf)}
 
 
-def sampler_log_probs(rollouts, response_mask):
+def place_log_probs(rollouts, response_mask):
     """The rollouts' log-probs in the places of their tokens, (N, T); nan elsewhere."""
     placed = torch.full(response_mask.shape, math.nan, device=response_mask.device)
     placed[response_mask] = torch.tensor([value for r in rollouts for value in r.log_probs], device=response_mask.device)
@@ -1465,7 +1444,7 @@ def check_sampler(run, rollouts, temperature):
         ids, labels, mask = (tensor.to(run.args.device) for tensor in batch.values())
         with torch.no_grad(), autocast(run.args):
             log_probs = get_response_log_probs(run.model, ids, labels, temperature=temperature)["log_probs"]
-        gaps.append(logprob_gap(log_probs, sampler_log_probs([rollout], mask), mask, run.args.sampling_min_tokens))
+        gaps.append(logprob_gap(log_probs, place_log_probs([rollout], mask), mask, run.args.sampling_min_tokens))
     return check_gap(run.args, torch.cat(gaps))
 
 
@@ -1677,7 +1656,7 @@ def train_grpo(args):
         batch = batch_token_ids([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts],
                                 run.tokenizer.pad_token_id or run.tokenizer.eos_token_id)
         batch |= {"raw_rewards": raw_rewards[:, None], "advantages": advantages[:, None],           # (N, 1)
-                  "sampler_log_probs": sampler_log_probs(rollouts, batch["response_mask"])}         # (N, T)
+                  "sampler_log_probs": place_log_probs(rollouts, batch["response_mask"])}         # (N, T)
         batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
         if off_policy:          # π_old is the policy before the first update: its log-probs are computed once, for the whole rollout batch
             old_log_probs = torch.zeros(batch["labels"].shape, device=args.device)

@@ -211,7 +211,7 @@ SAME = [     # spellings of one meaning, a family a line
     (r"12\pi", "12π", "12 pi", r"\pi \cdot 12"), (r"3\sqrt{13}", "3√13", "3*sqrt(13)", r"\sqrt{117}"),
     (r"\text{Evelyn}", "Evelyn", "evelyn", "Evelyn."), ("ellipse", "an ellipse"), (r"\text{(C)}", "C", "(C)", r"\textbf{(C)}", "c"),
     ("5", "x=5", "$x = 5$"), ("42", r"\text{Area} = 42", "Area = 42"), ("2x+1", "f(x) = 2x+1", "1+2x"), (r"\text{June 20}", "June 20"), ("3:5", "3 : 5"), ("506_7", "506_{7}"),
-    ("(3,-1)", r"\left(3, -1\right)", "(3,-1.0)"), ("[0,3)", r"\left[0,3\right)", r"x \in [0,3)", r"0 \le x < 3"), (r"(5,\infty)", "x > 5", "5 < x"), (r"[-36, 104]", "[-36,104]"),
+    ("(3,-1)", r"\left(3, -1\right)", "(3,-1.0)"), ("[0,3)", r"\left[0,3\right)", r"x \in [0,3)"), (r"(5,\infty)", "(5, infinity)"), ("x > 5", "5 < x"), (r"[-36, 104]", "[-36,104]"),
     (r"(-\infty,1)\cup(3,\infty)", r"(3, \infty) \cup (-\infty, 1)"), ("100, 200, 300", "300, 200, 100"), (r"\{4,5,7\}", r"\{7,5,4\}", "4,5,7", "7, 4 and 5", "x=4, x=7, x=5"),
     (r"1 \pm \sqrt{19}", r"1-\sqrt{19}, 1+\sqrt{19}", r"x = 1 \pm \sqrt{19}"), ("4,-4", r"\pm 4"),
     (r"\begin{pmatrix} 1 \\ -2/3 \end{pmatrix}", r"\begin{bmatrix}1\\-\frac{2}{3}\end{bmatrix}", r"-\begin{pmatrix} -1 \\ \frac23 \end{pmatrix}"),
@@ -347,10 +347,10 @@ def test_workers_are_gone_when_the_run_ends_or_is_killed(tmp_path):
 
 def test_problems_without_a_usable_answer_are_reported_and_left_out(tmp_path, capsys):
     path = tmp_path / "train.jsonl"
-    path.write_text("".join(json.dumps({"problem": f"{i}?", "answer": a}) + "\n" for i, a in enumerate(["2", " ", r"\text{}", "$$", "x" * 500, "3"])))
+    path.write_text("".join(json.dumps({"problem": f"{i}?", "answer": a}) + "\n" for i, a in enumerate(["2", " ", r"\text{}", "$$", "3"])))
     assert [p["answer"] for p in align.load_problems(path, "tiny")] == ["2", "3"]
     printed = capsys.readouterr().out
-    assert f"{path}, line 2: left out" in printed and "4 of 6 problems left out" in printed
+    assert f"{path}, line 2: left out" in printed and "3 of 5 problems left out" in printed
 
 
 @hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
@@ -756,7 +756,7 @@ def gaps_of(model, rollouts, min_tokens):
     batch = align.batch_token_ids([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], 0)
     with torch.no_grad():
         log_probs = align.get_response_log_probs(model, batch["input_ids"], batch["labels"])["log_probs"]
-    return align.logprob_gap(log_probs, align.sampler_log_probs(rollouts, batch["response_mask"]), batch["response_mask"], min_tokens)
+    return align.logprob_gap(log_probs, align.place_log_probs(rollouts, batch["response_mask"]), batch["response_mask"], min_tokens)
 
 
 @needs_vllm
