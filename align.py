@@ -368,7 +368,7 @@ def load_traces(path, prompt_name, reward_fn):
     """
     traces = read_jsonl(path, [("problem", "response"), ("prompt", "response")])
     for trace in traces:
-        if reward_fn(trace["response"], trace.get("answer", ""))["format_reward"] != 1:
+        if reward_fn(trace["response"], "")["format_reward"] != 1:
             raise UserError(f"{path}, line {trace['line']}: the response has not the answer format of prompt {prompt_name}, "
                             f"which {reward_fn.__name__} looks for")
         trace.setdefault("prompt", format_prompt(prompt_name, trace.get("problem", "")))
