@@ -716,6 +716,11 @@ def batch_token_ids(prompt_ids, response_ids, pad_id):
     return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "response_mask": mask[:, 1:]}   # (B, T) each
 
 
+def padding_id(tokenizer):
+    """The id to pad with: the tokenizer's own, else its end-of-sequence."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
 def tokenize_prompt_and_output(prompt_strs, output_strs, tokenizer):
     """Texts to {"input_ids", "labels", "response_mask"}, each (B, T); see batch_token_ids.
 
@@ -723,7 +728,7 @@ def tokenize_prompt_and_output(prompt_strs, output_strs, tokenizer):
     """
     prompt_ids = [tokenizer(text)["input_ids"] for text in prompt_strs]
     output_ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in output_strs]
-    return batch_token_ids(prompt_ids, output_ids, tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    return batch_token_ids(prompt_ids, output_ids, padding_id(tokenizer))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -959,7 +964,7 @@ class TorchSampler:
         device, tokenizer = self.model.device, self.tokenizer
         # Prompts are padded on the left, so that all of them end in the same column and the next token follows at once.
         longest = max(map(len, prompt_ids))
-        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        pad_id = padding_id(tokenizer)
         inputs = torch.tensor([[pad_id] * (longest - len(p)) + p for p in prompt_ids], device=device)       # (P, longest)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompt_ids], device=device)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -1523,7 +1528,7 @@ def start_logging(run, last_step):
 
 def sft_update(run, examples, learning_rate):
     """One optimizer update on (prompt_ids, response_ids) pairs. Returns the update's metrics; its loss is in nats per token."""
-    batch = batch_token_ids([p for p, _ in examples], [r for _, r in examples], run.tokenizer.pad_token_id or run.tokenizer.eos_token_id)
+    batch = batch_token_ids([p for p, _ in examples], [r for _, r in examples], padding_id(run.tokenizer))
     batch = {name: tensor.to(run.args.device) for name, tensor in batch.items()}
     tokens, loss_sum, entropy_sum = int(batch["response_mask"].sum()), 0.0, 0.0
     run.model.train()
@@ -1653,8 +1658,7 @@ def train_grpo(args):
         time_grading = time.perf_counter() - sampled
         log_generations(Path(args.output_dir, "samples.jsonl"), step, "training", rollouts, reward_metadata["rewards"], repeated)
 
-        batch = batch_token_ids([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts],
-                                run.tokenizer.pad_token_id or run.tokenizer.eos_token_id)
+        batch = batch_token_ids([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], padding_id(run.tokenizer))
         batch |= {"raw_rewards": raw_rewards[:, None], "advantages": advantages[:, None],           # (N, 1)
                   "sampler_log_probs": place_log_probs(rollouts, batch["response_mask"])}         # (N, T)
         batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
