@@ -48,9 +48,12 @@ import signal
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from fractions import Fraction
 from pathlib import Path
 
+import huggingface_hub
 import pebble
 import torch
 from safetensors import SafetensorError
@@ -67,6 +70,29 @@ def reason(error):
     """What an exception says, on one line: the first two lines of its message."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     return " ".join(lines[:2])[:500] or type(error).__name__
+
+
+@contextlib.contextmanager
+def one_sentence(program):
+    """What goes wrong inside and is not the program's own fault ends it with one sentence on stderr and an exit code."""
+    try:
+        yield
+    except (UserError, OSError) as error:       # OSError: no space, no permission, a folder that vanished
+        print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; what was saved before is intact", file=sys.stderr)
+        sys.exit(130)
+
+
+def use_hub_or_cache():
+    """Where the Hugging Face hub does not answer, its client is set to use the cache alone, instead of trying again for a minute."""
+    try:
+        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=5).close()
+    except urllib.error.HTTPError:      # an answer of a kind
+        pass
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1306,10 +1332,15 @@ def load_run(args):
         prepare_arithmetic("data/arithmetic")
     for path in data_files:
         if not Path(path).is_file():            # before a model is downloaded
-            raise UserError(f"{path} is not there; it holds JSON lines, as README.md describes")
+            known = {"data/MATH": "math", "data/GSM8K": "gsm8k"}.get(str(Path(path).parent))
+            traces = " --traces SOURCE (--help lists the sources)" if Path(path).name.startswith("sft") else ""
+            raise UserError(f"{path} is not there; " + (f"make it with: python prepare_data.py --dataset {known}{traces}" if known else
+                                                        "it holds JSON lines, as README.md describes"))
     grading_pool().schedule(int)        # starts the workers now, before this process holds a model and a GPU
     if Path(args.model).is_dir():
         transformers_logging.disable_progress_bar()     # only a download is slow enough to need one
+    else:
+        use_hub_or_cache()
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         # float32 masters even on a GPU: at lr 1e-5 most AdamW steps are below half a bfloat16 ulp of the weight and would vanish.
@@ -1717,22 +1748,13 @@ def run_eval(args):
 
 def main(argv=None):
     """Runs the command line. A user's mistake ends in one sentence and exit code 2."""
-    try:
+    with one_sentence("align.py"):
         args = parse_args(argv)
         if args.plot:
             plot_runs(args.plot, "compare.png")
             print("compare.png")
         else:
             {"eval": run_eval, "sft": train_sft, "ei": train_expert_iteration, "grpo": train_grpo}[args.algo](args)
-    except UserError as error:
-        print(f"align.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("align.py: interrupted; what was saved before is intact", file=sys.stderr)
-        sys.exit(130)
-    except OSError as error:            # no space, no permission, a folder that vanished
-        print(f"align.py: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,22 @@
 """Makes what align.py reads: problems, reasoning traces for SFT, and (for the embedded setting) the tiny base model.
 
-    python prepare_data.py             # data/arithmetic/{train,test,sft}.jsonl and data/arithmetic/base_model/, about a minute on two cores
-    python prepare_data.py --force     # make them again
+    python prepare_data.py                                    # data/arithmetic/: problems, traces, the tiny base model; a minute on two cores
+    python prepare_data.py --dataset math                     # data/MATH/{train,test}.jsonl from the Hugging Face hub
+    python prepare_data.py --dataset math --from_path MATH    # the same from a copy that you have
+    python prepare_data.py --dataset gsm8k --traces solutions # data/GSM8K/, with the set's own solutions as traces for SFT
 
-Everything follows from --seed. What is there already is left alone, and files appear whole or not at all, so that a killed run
-leaves nothing half-written behind.
-
-The tiny base model is meant to behave like a real one before alignment. It has read a lot of arithmetic by authors of mixed habits:
-some answer in the <think>/<answer> format and some do not, some write down every step and some blurt out a guess, and now and then a
-step is wrong. So at temperature 1 it follows the format about half of the time and is right about a quarter of the time, and the skill
-that alignment has to bring out (write the steps, make no slips, answer in the format) is in there already.
+What is there already is left alone; files appear whole or not at all, and manifest.json says where each came from, with its checksum.
+So a killed run is started again with the same command, and what a teacher model was paid for is not paid for twice.
 """
 
 import argparse
+import asyncio
+import collections
+import hashlib
 import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -26,10 +27,56 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from align import PROMPTS
+from align import PROMPTS, UserError, extract_answer, grade_responses, last_boxed, one_sentence, r1_zero_reward_fn, read_jsonl, reason, use_hub_or_cache
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 1. Problems and traces
+# 1. Files
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def write_text(path, text):
+    """Writes aside and renames, so that the file is never seen half-written. Raises UserError where it cannot; the old file stays."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({error.strerror}); what was there before is intact") from error
+
+
+def write_jsonl(path, records, source):
+    """Writes the records, and their number, source and checksum to the manifest.json beside them."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    write_text(path, text)
+    manifest = read_manifest(path.parent)
+    manifest[path.name] = {"records": len(records), "source": source, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    write_text(path.parent / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    print(f"{path}: {len(records)} records")
+
+
+def read_manifest(folder):
+    """{file name: {"records", "source", "sha256"}} of a folder; empty where there is none."""
+    try:
+        return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def is_there(path, source):
+    """Is the file there already, from this source? Says so. Raises UserError where it is there from another one."""
+    if not path.exists():
+        return False
+    entry = read_manifest(path.parent).get(path.name, {"source": source})
+    if entry["source"] != source:
+        raise UserError(f"{path} is there already, from {entry['source']}; --force replaces it")
+    changed = "sha256" in entry and hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]
+    print(f"{path} is there already{', changed since it was made' if changed else ''}; --force makes it again")
+    return True
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. The embedded setting: problems and traces
 # ----------------------------------------------------------------------------------------------------------------------
 
 N_OPERATIONS = 4
@@ -55,9 +102,13 @@ def make_trace(steps, answer):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. The corpus of the base model: right format or not, steps or a guess, slips
+# 3. The corpus of its base model: right format or not, steps or a guess, slips
 # ----------------------------------------------------------------------------------------------------------------------
 
+# The tiny base model is meant to behave like a real one before alignment. It has read a lot of arithmetic by authors of mixed habits:
+# some answer in the <think>/<answer> format and some do not, some write down every step and some blurt out a guess, and now and then a
+# step is wrong. So at temperature 1 it follows the format about half of the time and is right about a quarter of the time, and the skill
+# that alignment has to bring out (write the steps, make no slips, answer in the format) is in there already.
 P_CHAT, P_TAGS, P_STEPS, P_SLIP = 0.7, 0.5, 0.65, 0.07
 
 
@@ -88,7 +139,7 @@ def make_document(rng, test_questions):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. The tokenizer and the base model
+# 4. Its tokenizer and base model
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -134,16 +185,8 @@ def pretrain(tokenizer, rng, test_questions, steps=500, batch_size=32, learning_
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. The files
+# 5. Its files
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def write_jsonl(path, records):
-    """Writes aside and renames, so that the file is never seen half-written."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in records))
-    os.replace(partial, path)
-    print(f"{path}: {len(records)} records")
 
 
 def prepare_arithmetic(folder, seed=0, force=False):
@@ -165,7 +208,7 @@ def prepare_arithmetic(folder, seed=0, force=False):
     }
     for name, records in files.items():
         if force or not (folder / name).exists():
-            write_jsonl(folder / name, records)
+            write_jsonl(folder / name, records, f"seed {seed}")
     if force or not (folder / "base_model").exists():
         test_questions = {question for question, _ in test}
         tokenizer = train_tokenizer("".join(make_document(rng, test_questions)) for _ in range(2000))
@@ -180,13 +223,371 @@ def prepare_arithmetic(folder, seed=0, force=False):
         print(f"{folder / 'base_model'}: {model.num_parameters() / 1e6:.2f}M parameters, vocabulary {len(tokenizer)}")
 
 
-def main():
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. MATH and GSM8K: problems with their final answers
+# ----------------------------------------------------------------------------------------------------------------------
+
+DATASETS = {    # folder, repository on the hub, its configurations
+    "math": ("data/MATH", "EleutherAI/hendrycks_math", ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
+                                                        "prealgebra", "precalculus")),
+    "gsm8k": ("data/GSM8K", "openai/gsm8k", ("main",)),
+}
+EXPECTED = {"math": {"train": 7500, "test": 5000}, "gsm8k": {"train": 7473, "test": 1319}}     # problems in the full sets
+
+
+class LeftOut(collections.defaultdict):
+    """{reason: what was left out for it}."""
+
+    def __init__(self):
+        super().__init__(list)
+
+    def report(self, path):
+        """Prints the counts with an example each, and lists everything in a file."""
+        for why, items in self.items():
+            print(f"  {len(items)} × {why}, for example: {' '.join(str(items[0]).split())[:120]}")
+        write_text(path, "".join(json.dumps({"reason": why, "what": str(item)}) + "\n" for why, items in self.items() for item in items))
+
+
+def final_answer(record):
+    r"""The final answer that a record states, or that its solution ends with as `\boxed{…}` or `#### …`; None without one."""
+    solution = str(record.get("solution") or record.get("answer") or "")
+    if "####" in solution:
+        return solution.rpartition("####")[2].strip().replace(",", "") or None
+    if isinstance(record.get("answer"), (str, int, float)) and str(record["answer"]).strip():
+        return str(record["answer"]).strip()
+    return last_boxed(re.sub(r"\\(?:fbox|boxed)\s*(?:\{|(\w))", lambda match: r"\boxed{" + (f"{match[1]}}}" if match[1] else ""), solution)) or None
+
+
+def to_problem(record):
+    """{"problem", "answer"} and, where known, "solution", "level" and "subject", of a record in MATH's or GSM8K's layout. Raises ValueError."""
+    text, answer = record.get("problem") or record.get("question"), final_answer(record)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("no problem text")
+    if answer is None:
+        raise ValueError("no final answer")
+    solution = record.get("solution") or (record["answer"] if "####" in str(record["answer"]) else None)
+    optional = {"solution": solution and re.sub(r"<<.*?>>", "", solution).partition("####")[0].strip(), "level": record.get("level"),
+                "subject": record.get("subject") or record.get("type")}
+    return {"problem": text.strip(), "answer": answer} | {key: value for key, value in optional.items() if value}
+
+
+def read_records(path, left_out):
+    """The dicts of a .json, .jsonl, .parquet or .arrow file; what cannot be read is left out by file and line."""
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+            return pyarrow.parquet.read_table(path).to_pylist()
+        if path.suffix == ".arrow":
+            import pyarrow
+            return pyarrow.ipc.open_stream(path).read_all().to_pylist()
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        left_out["unreadable file"].append(f"{path}: {reason(error)}")
+        return []
+    try:
+        records = json.loads(text)
+        return records if isinstance(records, list) else [records]
+    except ValueError:
+        pass                # not one document: a document a line
+    records = []
+    for i, line in enumerate(text.splitlines(), start=1):
+        try:
+            records += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            left_out["not valid JSON"].append(f"{path}, line {i}: {error}")
+    return records
+
+
+def local_records(paths, left_out):
+    """{"train": records, "test": records} of files, or of folders of files, whose names or folders say train or test."""
+    splits = {"train": [], "test": []}
+    for path in map(Path, paths):
+        for suffix in (".parquet", ".arrow", ".jsonl", ".json"):        # a clone of a hub repository, save_to_disk, JSON lines, the MATH.tar tree
+            files = [path] if path.is_file() else sorted(path.rglob(f"*{suffix}"))
+            named = [(file, re.findall(r"(?:^|[/_.-])(train|test)(?=[/_.-])", file.relative_to(path.parent).as_posix())) for file in files]
+            named = [(file, splits_named[-1]) for file, splits_named in named if splits_named]
+            if named:
+                break
+        else:
+            raise UserError(f"--from_path {path}: no .json, .jsonl, .parquet or .arrow file whose name or folder says train or test")
+        for file, split in tqdm(named, desc=f"reading {path}", unit="file", mininterval=1.0):
+            splits[split] += [(record, file) for record in read_records(file, left_out)]
+    for split, records in splits.items():
+        if not records:
+            raise UserError(f"--from_path {' '.join(paths)}: no {split} problems; give a folder with train and test in it, or two files")
+    return splits
+
+
+def hub_rows(dataset, *config, split):
+    """The rows of a data set of the Hugging Face hub (or a local copy of one). Raises UserError where it cannot be had."""
+    use_hub_or_cache()
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+    try:
+        return load_dataset(dataset, *config, split=split)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise UserError(f"{dataset} cannot be had from the Hugging Face hub ({reason(error)}). Three ways out: connect this machine and run the "
+                        "command again, it goes on where it stopped; name a mirror, HF_ENDPOINT=https://…; or give a copy that you have to "
+                        "--from_path (--traces FILE for traces)") from error
+
+
+def text_key(text):
+    """A problem's text without what differs between copies of it: case, spaces, dollar signs, layout commands."""
+    return re.sub(r"\\(left|right|displaystyle|[,;:! ])|(?<=\\)[dt](?=frac)|[\s${}~]", "", text.casefold()).rstrip(".?:")
+
+
+def prepare_problems(dataset, folder, from_path=None, force=False):
+    """Writes train.jsonl and test.jsonl of MATH or GSM8K; no problem of the first is in the second."""
+    _, repository, configs = DATASETS[dataset]
+    source = " ".join(from_path) if from_path else f"hub:{repository}"
+    train_path, test_path = folder / "train.jsonl", folder / "test.jsonl"
+    for path in from_path or ():
+        if not Path(path).exists():
+            raise UserError(f"--from_path {path} is not there")
+    if not force and [is_there(path, source) for path in (train_path, test_path)] == [True, True]:
+        return
+    left_out = LeftOut()
+    if from_path:
+        splits = local_records(from_path, left_out)
+    else:
+        splits = {split: [(row, f"{repository} {config}") for config in configs for row in hub_rows(repository, config, split=split)]
+                  for split in ("test", "train")}
+    problems = {}
+    for split, records in splits.items():
+        problems[split] = []
+        for record, origin in records:
+            try:
+                problems[split].append(to_problem(record))
+            except (ValueError, AttributeError, TypeError) as error:    # the latter two: not a dict, or not of strings
+                left_out[f"{split}: {error if type(error) is ValueError else 'not a record of strings'}"].append(f"{origin}: {record}")
+        if len(records) != EXPECTED[dataset][split]:
+            print(f"{split}: {len(records)} records, where the full set has {EXPECTED[dataset][split]}")
+    # Test problems all stay, as everybody's accuracy is over all of them. A training problem goes if it is a test problem or there already.
+    seen, train = {text_key(problem["problem"]): "a test problem, too" for problem in problems["test"]}, []
+    for problem in problems["train"]:
+        key = text_key(problem["problem"])
+        if key in seen:
+            left_out[f"train: {seen[key]}"].append(problem["problem"])
+        else:
+            train.append(problem)
+        seen.setdefault(key, "twice in the training set")
+    if not train or not problems["test"]:
+        left_out.report(folder / "left_out.jsonl")
+        raise UserError(f"{source}: no usable problems; {folder / 'left_out.jsonl'} says why")
+    write_jsonl(test_path, problems["test"], source)        # the test set first: training problems are never there without it
+    write_jsonl(train_path, train, source)
+    left_out.report(folder / "left_out.jsonl")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Traces: what a stronger model (or the data set itself) thought and answered
+# ----------------------------------------------------------------------------------------------------------------------
+
+P_VALIDATION = 0.05     # share of the problems whose traces go to sft_val.jsonl
+
+
+def to_response(text):
+    r"""A response that continues the r1_zero prompt, of what a model wrote. Raises ValueError saying what the text lacks.
+
+    >>> to_response("<think>\n2 and 2.\n</think>\n\nIt is \\boxed{4}.")
+    ' 2 and 2. </think> <answer> 4 </answer>'
+    """
+    thoughts, end, after = text.strip().removeprefix("<think>").rpartition("</think>")
+    if not end:
+        raise ValueError("no </think>")
+    if not thoughts.strip():
+        raise ValueError("no reasoning")
+    tagged = re.search(r"<answer>(.*)</answer>", after, re.DOTALL)
+    answer = last_boxed(after) or (tagged and tagged[1].strip())
+    if not answer:
+        raise ValueError("no final answer after </think>")
+    response = f" {thoughts.strip()} </think> <answer> {answer.strip()} </answer>"
+    if extract_answer(response) is None:
+        raise ValueError("a tag of the format inside the reasoning or the answer")
+    return response
+
+
+def record_texts(record):
+    """(problem, [what a model wrote, …]) of a record: {"problem", "generations"} as OpenR1-Math-220k, {"problem", "response"}, or CS336's
+    {"prompt", "response"}. Raises ValueError."""
+    problem = record.get("problem") or record.get("question")
+    if problem is None and "User: " in record.get("prompt", ""):
+        problem = record["prompt"].rpartition("User: ")[2].rpartition("\nAssistant:")[0]
+    texts = record.get("generations") or [record.get("response") or record.get("generation")]
+    if not isinstance(problem, str) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("no problem, or no text under generations or response")
+    return problem, texts
+
+
+TEACHER_PROMPT = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."       # as DeepSeek recommends
+
+
+async def ask_teacher(problems, path, args):
+    """Asks an OpenAI-compatible server for --teacher_samples answers to each problem and appends each to `path` as it comes.
+
+    What the file holds already is not asked for again. Rate limits, failing servers and lost connections are tried again with growing
+    pauses (openai's client does that); what still fails is left for the next run. Raises UserError where the server is gone.
+    """
+    import openai
+    client = openai.AsyncOpenAI(base_url=args.teacher_url, api_key=os.environ.get("OPENAI_API_KEY") or os.environ.get("DEEPSEEK_API_KEY") or "none",
+                                max_retries=6, timeout=3600)
+    if path.exists() and not (data := path.read_bytes()).endswith(b"\n"):       # a kill can leave half a line
+        write_text(path, data[:data.rfind(b"\n") + 1].decode())
+    paid = read_jsonl(path, [("problem", "model")]) if path.exists() and path.stat().st_size else []
+    asked = {(r["problem"], r["sample"]) for r in paid if r["model"] == args.teacher_model}
+    wanted = [(p["problem"], k) for p in problems for k in range(args.teacher_samples)]
+    todo = [item for item in wanted if item not in asked]
+    print(f"{args.teacher_model}: {len(wanted) - len(todo)} answers are there, {len(todo)} to ask for")
+    slots, failures, refused = asyncio.Semaphore(args.teacher_concurrency), 0, []
+
+    async def ask(problem, sample):
+        async with slots:
+            completion = await client.chat.completions.create(
+                model=args.teacher_model, messages=[{"role": "user", "content": TEACHER_PROMPT.format(problem=problem)}],
+                temperature=args.teacher_temperature, max_tokens=args.teacher_max_tokens)
+        message, finish_reason = completion.choices[0].message, completion.choices[0].finish_reason
+        # Servers differ in where the reasoning is: in a field of its own, by either of two names, or in the text.
+        thoughts = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+        text = f"<think>{thoughts}</think>{message.content or ''}" if thoughts else message.content or ""
+        return {"problem": problem, "sample": sample, "model": args.teacher_model, "response": text, "finish_reason": finish_reason,
+                "tokens": completion.usage.completion_tokens if completion.usage else None}
+
+    tasks = [asyncio.ensure_future(ask(*item)) for item in todo]
+    try:
+        with open(path, "a", encoding="utf-8") as file, tqdm(total=len(todo), desc="asking the teacher", unit="answer", mininterval=1.0) as bar:
+            for task in asyncio.as_completed(tasks):
+                try:
+                    file.write(json.dumps(await task) + "\n")
+                    file.flush()
+                    failures = 0
+                except (openai.BadRequestError, openai.UnprocessableEntityError) as error:      # this request; others may do
+                    refused.append(reason(error))
+                except (openai.OpenAIError, IndexError, AttributeError, TypeError) as error:    # the latter three: not a completion
+                    failures += 1
+                    if failures >= 3 or isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)):
+                        raise UserError(f"the teacher at {args.teacher_url} fails ({type(error).__name__}: {reason(error)}); the answers so far are "
+                                        f"in {path}, and the same command goes on from there") from error
+                bar.update()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await client.close()
+    if refused:
+        print(f"  {len(refused)} × refused by the teacher, for example: {refused[0]}")
+
+
+def collect_texts(args, folder, train, left_out):
+    """(problem text, what somebody wrote) pairs from --traces."""
+    kind, _, name = args.traces.partition(":")
+    if args.traces == "solutions":
+        for problem in train:
+            if "solution" in problem:
+                yield problem["problem"], f"{problem['solution']}</think><answer>{problem['answer']}</answer>"
+            else:
+                left_out["no solution in the data set"].append(problem["problem"])
+        return
+    if kind == "hub" and name:
+        records = tqdm(hub_rows(name, split="train"), desc=f"reading {name}", unit="record", mininterval=1.0)
+    elif args.traces == "teacher":
+        path, problems = folder / "teacher.jsonl", list(train)
+        random.Random(args.seed).shuffle(problems)
+        asyncio.run(ask_teacher(problems[:args.teacher_problems or None], path, args))
+        records = [r for r in read_records(path, left_out) if r["model"] == args.teacher_model]
+    elif Path(args.traces).is_file():
+        records = read_records(Path(args.traces), left_out)
+    else:
+        raise UserError(f"--traces {args.traces} is neither hub:DATASET, teacher, solutions nor a file")
+    for record in records:
+        try:
+            problem, texts = record_texts(record)
+            yield from ((problem, text) for text in texts)
+        except (ValueError, AttributeError, TypeError):
+            left_out["not a trace"].append(record)
+
+
+def prepare_traces(args, folder):
+    """Writes sft.jsonl, its split by problem into sft_train.jsonl and sft_val.jsonl, and of the former those whose answer is right."""
+    source = f"teacher:{args.teacher_model}" if args.traces == "teacher" else args.traces
+    if not args.force and is_there(folder / "sft_train_filtered.jsonl", source):
+        return
+    train, test = ({text_key(p["problem"]): p for p in read_jsonl(folder / name, [("problem", "answer")])} for name in ("train.jsonl", "test.jsonl"))
+    left_out, traces, strangers = LeftOut(), [], 0
+    for problem, text in collect_texts(args, folder, train.values(), left_out):
+        key = text_key(problem)
+        if key in test:
+            left_out["a test problem"].append(problem)
+        elif key not in train:
+            strangers += 1
+        else:
+            try:
+                traces.append({"problem": train[key]["problem"], "response": to_response(text), "answer": train[key]["answer"]})
+            except ValueError as error:
+                left_out[str(error)].append(f"{problem} → {text[-200:]}")
+    print(f"{len(traces)} traces of {len({t['problem'] for t in traces})} problems; {strangers} traces of other problems than {folder / 'train.jsonl'}'s")
+    left_out.report(folder / "sft_left_out.jsonl")
+    if not traces:
+        raise UserError(f"--traces {args.traces}: no usable trace of a training problem; {folder / 'sft_left_out.jsonl'} says why")
+    problems = sorted({trace["problem"] for trace in traces})
+    random.Random(args.seed).shuffle(problems)
+    validation = set(problems[:round(P_VALIDATION * len(problems))])
+    random.Random(args.seed).shuffle(traces)
+    sft_train = [trace for trace in traces if trace["problem"] not in validation]
+    rewards, _ = grade_responses(r1_zero_reward_fn, [t["response"] for t in sft_train], [t["answer"] for t in sft_train])
+    write_jsonl(folder / "sft.jsonl", traces, source)
+    write_jsonl(folder / "sft_train.jsonl", sft_train, source)
+    write_jsonl(folder / "sft_val.jsonl", [trace for trace in traces if trace["problem"] in validation], source)
+    write_jsonl(folder / "sft_train_filtered.jsonl", [t for t, reward in zip(sft_train, rewards) if reward["reward"] == 1], source)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. main
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of the problems, the corpus and the initial weights")
-    parser.add_argument("--force", action="store_true", help="make again what is there already")
-    args = parser.parse_args()
-    prepare_arithmetic("data/arithmetic", seed=args.seed, force=args.force)
+    parser.add_argument("--dataset", choices=("arithmetic", *DATASETS), default="arithmetic", help="arithmetic: the embedded setting")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
+    parser.add_argument("--force", action="store_true", help="make again what is there already (never the answers of a teacher)")
+    g = parser.add_argument_group("MATH and GSM8K")
+    g.add_argument("--from_path", nargs="+", metavar="PATH", help="a copy of the data set instead of the hub: the unpacked MATH.tar, a folder or two "
+                   "files of JSON lines, JSON or parquet; file or folder names say train or test")
+    g.add_argument("--traces", metavar="SOURCE", help="also make traces for SFT from: hub:DATASET (R1 traces laid out as open-r1/OpenR1-Math-220k), "
+                   "teacher (a model behind an OpenAI-compatible server), solutions (the data set's own), or a file of JSON lines")
+    g = parser.add_argument_group("--traces teacher (the key is read from OPENAI_API_KEY or DEEPSEEK_API_KEY)")
+    g.add_argument("--teacher_url", default="https://api.deepseek.com", help="of the server; http://localhost:8000/v1 for `vllm serve`")
+    g.add_argument("--teacher_model", default="deepseek-reasoner", help="its name on that server")
+    g.add_argument("--teacher_problems", type=int, default=0, help="ask about so many problems, drawn at random; 0: all")
+    g.add_argument("--teacher_samples", type=int, default=1, help="answers per problem")
+    g.add_argument("--teacher_max_tokens", type=int, default=16384, help="tokens of an answer, reasoning included")
+    g.add_argument("--teacher_temperature", type=float, default=0.6, help="0.6 is what R1 was made for")
+    g.add_argument("--teacher_concurrency", type=int, default=16, help="requests at a time")
+    return parser
+
+
+def main(argv=None):
+    """Runs the command line. A user's mistake ends in one sentence and exit code 2."""
+    args = build_parser().parse_args(argv)
+    with one_sentence("prepare_data.py"):
+        if args.dataset == "arithmetic":
+            if args.from_path or args.traces:
+                raise UserError("--from_path and --traces are for --dataset math and gsm8k")
+            return prepare_arithmetic("data/arithmetic", seed=args.seed, force=args.force)
+        folder = Path(DATASETS[args.dataset][0])
+        folder.mkdir(parents=True, exist_ok=True)
+        # New problems only where they are asked for: `--traces …` alone goes with the problems that are there, wherever they are from.
+        if args.from_path or not args.traces or not all((folder / name).exists() for name in ("train.jsonl", "test.jsonl")):
+            prepare_problems(args.dataset, folder, args.from_path, args.force)
+        if args.traces:
+            prepare_traces(args, folder)
 
 
 if __name__ == "__main__":
     main()
+
+
+# What to expect (data/…/manifest.json has the numbers of your files):
+#   MATH     7,500 training and 5,000 test problems on the hub; a handful of training problems are left out, being duplicates of each other
+#            or of test problems. The 7,473 of one copy in circulation: 7,463 (4 without an answer, 3 test problems, 3 duplicates).
+#   GSM8K    7,473 training and 1,319 test problems, none left out; --traces solutions: 7,473 traces, 7,099 of them in sft_train.jsonl.

@@ -6,14 +6,18 @@ brute force over small cases, and real runs of the embedded setting.
 """
 
 import collections
+import contextlib
 import copy
 import doctest
+import http.server
 import importlib.util
 import itertools
 import json
 import math
 import os
 import random
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -99,8 +103,8 @@ def test_import_has_no_side_effects_and_needs_no_vllm_and_no_gpu(tmp_path):
 
 
 def test_the_examples_in_the_docstrings_are_true():
-    result = doctest.testmod(align)
-    assert result.attempted >= 2 and result.failed == 0
+    results = [doctest.testmod(module) for module in (align, prepare_data)]
+    assert all(result.attempted >= 1 and result.failed == 0 for result in results)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1149,3 +1153,248 @@ def test_runs_with_bad_input_end_in_one_sentence_and_write_nothing(embedded, tmp
 def test_run_that_is_mistyped_shows_no_traceback(tmp_path):
     done = align_command("--algo", "grpo", "--group_size", "7", cwd=tmp_path, code=2)
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1 and "--group_size 7" in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# prepare_data.py: problems and traces of real data sets
+# ----------------------------------------------------------------------------------------------------------------------
+
+MATH_RECORDS = {    # in MATH's own layout: answers are the last box of a solution
+    "train": [{"problem": f"What is ${i}+{i}$?", "level": "Level 1", "type": "Algebra", "solution": rf"It is $\boxed{{{2 * i}}}$."} for i in range(40)]
+    + [{"problem": "Half of $3$?", "level": "Level 2", "type": "Algebra", "solution": r"As $\boxed{1}$ is too small, $\boxed{\frac{3}{2}}$."},
+       {"problem": "Half of 3?", "level": "Level 2", "type": "Algebra", "solution": r"Again \boxed{\frac32}"},        # the one before, respelled
+       {"problem": "Is  it $6 $?", "level": "Level 2", "type": "Algebra", "solution": r"\boxed 6"},                  # in the test set
+       {"problem": "No box?", "level": "Level 2", "type": "Algebra", "solution": "No."}],
+    "test": [{"problem": "Is it $6$?", "level": "Level 3", "type": "Geometry", "solution": r"Yes, $\fbox{6}$."},
+             {"problem": "What is 3?", "level": "Level 3", "type": "Geometry", "solution": r"\boxed 3."}]}
+
+
+def write_lines(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_layout(root, layout):
+    """MATH_RECORDS as somebody might have them on disk."""
+    for split, records in MATH_RECORDS.items():
+        if layout == "tree":
+            for i, record in enumerate(records):
+                folder = root / "MATH" / split / record["type"].lower()
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / f"{i}.json").write_text(json.dumps(record))
+        elif layout == "jsonl":
+            write_lines(root / f"{split}.jsonl", records)
+        elif layout == "json":
+            root.mkdir(exist_ok=True)
+            (root / f"math_{split}.json").write_text(json.dumps(records))
+        else:
+            import datasets
+            table = datasets.Dataset.from_list(records)
+            (root / "algebra").mkdir(parents=True, exist_ok=True)
+            table.to_parquet(root / "algebra" / f"{split}-00000-of-00001.parquet") if layout == "parquet" else table.save_to_disk(root / split)
+
+
+@pytest.fixture
+def math_folder(tmp_path, monkeypatch):
+    """data/MATH made of MATH_RECORDS, in a working directory of its own."""
+    monkeypatch.chdir(tmp_path)
+    write_layout(tmp_path / "copy", "jsonl")
+    prepare_data.main(["--dataset", "math", "--from_path", "copy"])
+    return tmp_path / "data/MATH"
+
+
+@pytest.mark.parametrize("layout", ["tree", "jsonl", "json", "parquet", "save_to_disk"])
+def test_math_is_read_from_whatever_layout_and_no_training_problem_is_a_test_problem(layout, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_layout(tmp_path / "copy", layout)
+    prepare_data.main(["--dataset", "math", "--from_path", "copy"])
+    folder = tmp_path / "data/MATH"
+    train, test = (read_lines(folder / f"{split}.jsonl") for split in ("train", "test"))
+    assert {p["problem"]: p["answer"] for p in test} == {"Is it $6$?": "6", "What is 3?": "3"}
+    assert test[0]["level"] == "Level 3" and test[0]["subject"] == "Geometry" and "Yes" in test[0]["solution"]
+    answers = {p["problem"]: p["answer"] for p in train}
+    halves = [answer for problem, answer in answers.items() if "Half" in problem]       # one of the two, whichever comes first
+    assert len(train) == 41 and answers["What is $7+7$?"] == "14" and halves in ([r"\frac{3}{2}"], [r"\frac32"])
+    assert sorted(r["reason"] for r in read_lines(folder / "left_out.jsonl")) == [
+        "train: a test problem, too", "train: no final answer", "train: twice in the training set"]
+    assert json.loads((folder / "manifest.json").read_text())["train.jsonl"]["records"] == 41
+    assert "44 records, where the full set has 7500" in capsys.readouterr().out
+    before = (folder / "train.jsonl").stat().st_mtime_ns
+    prepare_data.main(["--dataset", "math", "--from_path", "copy"])
+    assert (folder / "train.jsonl").stat().st_mtime_ns == before and "is there already" in capsys.readouterr().out
+
+
+def test_gsm8k_answers_and_its_solutions_as_traces_without_calculator_marks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record = {"question": "Two days?", "answer": "A day is 24*1=<<24*1=24>>24 hours.\nTwo are 2*1,200 = 2,400.\n#### 2,400"}
+    for split in ("train", "test"):
+        write_lines(tmp_path / f"copy/{split}.jsonl", [record | {"question": f"{split}? {i}"} for i in range(3)])
+    prepare_data.main(["--dataset", "gsm8k", "--from_path", "copy", "--traces", "solutions"])
+    [first, *_] = read_lines(tmp_path / "data/GSM8K/train.jsonl")
+    assert first["answer"] == "2400" and "<<" not in first["solution"] and "####" not in first["solution"]
+    traces = read_lines(tmp_path / "data/GSM8K/sft_train_filtered.jsonl")
+    assert len(traces) == 3 and all(align.r1_zero_reward_fn(t["response"], t["answer"])["reward"] == 1 for t in traces)
+    assert len(align.load_traces(tmp_path / "data/GSM8K/sft.jsonl", "r1_zero", align.r1_zero_reward_fn)) == 3
+
+
+def test_traces_are_matched_to_training_problems_and_filtered_by_the_data_sets_answer(math_folder, capsys):
+    write_lines(math_folder.parent.parent / "openr1.jsonl", [
+        {"problem": f"What is  {i} + {i}?", "answer": "wrong here", "generations": [       # spelled otherwise; the set's own answer is not looked at
+            f"<think>\n{i} and {i}.\n</think>\n\nSo \\boxed{{{2 * i}}}.", f"<think>A guess.</think> \\boxed{{{2 * i + 1}}}"]} for i in range(40)]
+        + [{"problem": "Is it 6?", "generations": ["<think>Yes.</think> \\boxed{6}"]}, {"problem": "Who?", "generations": ["<think>I.</think> \\boxed{6}"]},
+           {"problem": "Half of 3?", "generations": ["<think>It never ends", "<think></think>\\boxed{1}", "<think>So.</think> Done.",
+                                                     "<think>Write </think> twice</think>\\boxed{2}", "<think>An <answer>.</think>\\boxed{2}"]},
+           {"problem": "Half of 3?", "generations": None}, ["not a record"]])
+    prepare_data.main(["--dataset", "math", "--traces", "openr1.jsonl"])
+    sft, train, val, filtered = (read_lines(math_folder / f"{name}.jsonl") for name in ("sft", "sft_train", "sft_val", "sft_train_filtered"))
+    assert len(sft) == 80 == len(train) + len(val) and len(val) == 4 and 2 * len(filtered) == len(train)
+    assert not {t["problem"] for t in train} & {t["problem"] for t in val}
+    assert {"problem": "What is $7+7$?", "response": " 7 and 7. </think> <answer> 14 </answer>", "answer": "14"} in sft
+    assert collections.Counter(r["reason"] for r in read_lines(math_folder / "sft_left_out.jsonl")) == {
+        "a test problem": 1, "no </think>": 1, "no reasoning": 1, "no final answer after </think>": 1, "not a trace": 2,
+        "a tag of the format inside the reasoning or the answer": 2}
+    assert "1 traces of other problems" in capsys.readouterr().out
+
+
+class Teacher(http.server.BaseHTTPRequestHandler):
+    """An OpenAI-compatible server of the test's own. `asked` lists the problems; `fail` says what to answer instead of a completion, if anything."""
+    asked, fail = [], staticmethod(lambda problem, count: None)
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        problem = request["messages"][0]["content"].partition("\n")[0]
+        self.asked.append(problem)
+        status = self.fail(problem, len(self.asked)) or 200
+        body = {"error": {"message": "not now"}} if status != 200 else {
+            "id": "1", "object": "chat.completion", "created": 0, "model": "r1", "usage": {"prompt_tokens": 1, "completion_tokens": 9, "total_tokens": 10},
+            "choices": [{"index": 0, "finish_reason": "stop", "message": {
+                "role": "assistant", "reasoning_content": "Doubling.", "content": "\\boxed{%d}" % (2 * int(re.search(r"\d+", problem)[0]))}}]}
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in (("Content-Type", "application/json"), ("Content-Length", len(data)), ("retry-after-ms", 1)):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def teacher(monkeypatch):
+    """The handler class of a running teacher, and the flags to reach it."""
+    handler = type("Handler", (Teacher,), {"asked": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
+    yield handler, ["--dataset", "math", "--traces", "teacher", "--teacher_url", f"http://127.0.0.1:{server.server_port}/v1", "--teacher_model", "r1"]
+    server.shutdown()
+
+
+def test_teacher_that_is_overloaded_is_asked_again_and_every_answer_is_kept(math_folder, teacher):
+    handler, flags = teacher
+    handler.fail = staticmethod(lambda problem, count: {1: 429, 2: 500}.get(handler.asked.count(problem)) or (400 if "$5+5" in problem else None))
+    prepare_data.main([*flags, "--teacher_samples", "2", "--teacher_problems", "40"])
+    answers = read_lines(math_folder / "teacher.jsonl")
+    assert len({(r["problem"], r["sample"]) for r in answers}) == len(answers) == 78     # all of 40 but the two that are refused
+    assert answers[0]["response"].startswith("<think>Doubling.</think>\\boxed")
+    traces = read_lines(math_folder / "sft.jsonl")
+    assert len(traces) == 78 and all(" Doubling. </think> <answer> " in t["response"] for t in traces)
+
+
+def test_teacher_that_dies_or_a_run_that_is_killed_pays_for_nothing_twice(math_folder, teacher, capsys):
+    handler, flags = teacher
+    handler.fail = staticmethod(lambda problem, count: 500 if count > 12 else None)
+    with pytest.raises(SystemExit) as exit:
+        prepare_data.main([*flags, "--teacher_concurrency", "2"])
+    assert exit.value.code == 2 and "the same command goes on from there" in capsys.readouterr().err
+    assert len(read_lines(math_folder / "teacher.jsonl")) == 12 and not (math_folder / "sft.jsonl").exists()
+
+    handler.fail = staticmethod(lambda problem, count: time.sleep(0.1))
+    process = subprocess.Popen([sys.executable, ROOT / "prepare_data.py", *flags, "--teacher_concurrency", "1"], cwd=math_folder.parent.parent)
+    while (math_folder / "teacher.jsonl").read_text().count("\n") < 20:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    paid = {r["problem"] for r in read_lines(math_folder / "teacher.jsonl")}
+    with open(math_folder / "teacher.jsonl", "a") as file:      # as if the kill had hit a line
+        file.write('{"problem": "What is')
+    handler.fail, handler.asked[:] = staticmethod(lambda problem, count: None), []
+    prepare_data.main(flags)
+    assert len(paid) >= 20 and not paid & set(handler.asked) and len(read_lines(math_folder / "teacher.jsonl")) == 41
+    assert len(read_lines(math_folder / "sft.jsonl")) == 41 and len(read_lines(math_folder / "sft_train_filtered.jsonl")) >= 38
+
+
+def test_teacher_that_refuses_the_key_is_asked_once(math_folder, teacher, capsys):
+    handler, flags = teacher
+    handler.fail = staticmethod(lambda problem, count: 401)
+    with pytest.raises(SystemExit):
+        prepare_data.main([*flags, "--teacher_concurrency", "1"])
+    assert "AuthenticationError" in capsys.readouterr().err and len(handler.asked) <= 2
+
+
+@pytest.mark.parametrize("argv, complaint", [
+    (["--dataset", "math", "--force"], "Three ways out"),
+    (["--dataset", "math", "--from_path", "nowhere"], "--from_path nowhere is not there"),
+    (["--dataset", "math", "--from_path", "copy/train.jsonl", "--force"], "no test problems"),
+    (["--dataset", "math", "--from_path", "elsewhere"], "is there already, from copy"),
+    (["--dataset", "math", "--traces", "nowhere"], "neither hub:DATASET, teacher, solutions nor a file"),
+    (["--dataset", "math", "--traces", "hub:nobody/nothing"], "Three ways out"),
+    (["--traces", "solutions"], "are for --dataset math and gsm8k"),
+])
+def test_preparing_with_bad_input_ends_in_one_sentence_and_leaves_what_is_there(argv, complaint, math_folder, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")         # a hub that does not answer
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    before = {p: p.read_bytes() for p in math_folder.iterdir()}
+    with pytest.raises(SystemExit) as exit:
+        prepare_data.main(argv)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and complaint in error and "Traceback" not in error
+    assert before == {p: p.read_bytes() for p in math_folder.iterdir()}
+
+
+def test_traces_of_a_hub_data_set_are_read_with_the_datasets_library(math_folder):
+    write_lines(math_folder.parent.parent / "openr1/train.jsonl", [{"problem": f"What is {i}+{i}?", "generations": [f"<think>So.</think>\\boxed{{{2 * i}}}"]}
+                                                                   for i in range(40)])
+    prepare_data.main(["--dataset", "math", "--traces", "hub:./openr1"])        # a folder in a repository's layout, for want of a hub
+    assert len(read_lines(math_folder / "sft.jsonl")) == 40
+
+
+def test_preparing_on_a_full_disk_leaves_what_is_there(math_folder, capsys):
+    before, limits = (math_folder / "train.jsonl").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as exit:
+            prepare_data.main(["--dataset", "math", "--from_path", "copy", "--force"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert exit.value.code == 2 and "train.jsonl cannot be written" in capsys.readouterr().err
+    assert (math_folder / "train.jsonl").read_bytes() == before and not list(math_folder.glob("*.partial"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("dashscope") is None, reason="needs Qwen's vocabulary: pip install tiktoken; pip install --no-deps dashscope")
+def test_real_prompt_in_qwens_vocabulary():
+    """The ids that Qwen2.5 sees, through a tokenizer made as transformers makes its own, against tiktoken on Qwen's file."""
+    import tiktoken
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    vocabulary = str(Path(importlib.util.find_spec("dashscope").origin).parent / "resources/qwen.tiktoken")
+    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    fast = TikTokenConverter(vocabulary, pattern=pattern, extra_special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"]).converted()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|endoftext|>")
+    theirs = tiktoken.Encoding("Qwen", pat_str=pattern, mergeable_ranks=tiktoken.load.load_tiktoken_bpe(vocabulary), special_tokens={})
+    assert tokenizer.eos_token_id == 151643
+    prompt = align.format_prompt("r1_zero", "What is $120\\%$ of 30?")
+    response = " It is $1.2 \\cdot 30 = 36$. </think> <answer> 36 </answer>"
+    batch = align.tokenize_prompt_and_output([prompt], [response], tokenizer)
+    ids, mask = torch.cat([batch["input_ids"][0, :1], batch["labels"][0]]).tolist(), batch["response_mask"][0]
+    assert ids == theirs.encode(prompt) + theirs.encode(response) and int(mask.sum()) == len(theirs.encode(response))
+    assert theirs.encode(prompt)[-3:] == theirs.encode(" <think>") == [366, 26865, 29]        # " <", "think", ">"
+    assert theirs.encode(" 36")[1:] == [18, 21]                     # a digit is a token: 0 is 15, 9 is 24
+    sampler = align.TorchSampler(tokenizer, 8, contextlib.nullcontext)
+    ends = [i for i, s in enumerate(sampler.token_strings) if s and ">" in s]
+    assert theirs.encode("</answer>")[-1] in ends and len(ends) > 100       # the stop string ends in many a token: ">", ">\n", ">."…
