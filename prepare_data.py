@@ -430,7 +430,7 @@ async def ask_teacher(problems, path, args):
     """
     import openai
     client = openai.AsyncOpenAI(base_url=args.teacher_url, api_key=os.environ.get("OPENAI_API_KEY") or os.environ.get("DEEPSEEK_API_KEY") or "none",
-                                max_retries=6, timeout=3600)
+                                max_retries=6, timeout=args.teacher_timeout)
     if path.exists() and not (data := path.read_bytes()).endswith(b"\n"):       # a kill can leave half a line
         write_text(path, data[:data.rfind(b"\n") + 1].decode())
     paid = read_jsonl(path, [("problem", "model")]) if path.exists() and path.stat().st_size else []
@@ -442,15 +442,20 @@ async def ask_teacher(problems, path, args):
 
     async def ask(problem, sample):
         async with slots:
-            completion = await client.chat.completions.create(
+            stream = await client.chat.completions.create(
                 model=args.teacher_model, messages=[{"role": "user", "content": TEACHER_PROMPT.format(problem=problem)}],
-                temperature=args.teacher_temperature, max_tokens=args.teacher_max_tokens)
-        message, finish_reason = completion.choices[0].message, completion.choices[0].finish_reason
-        # Servers differ in where the reasoning is: in a field of its own, by either of two names, or in the text.
-        thoughts = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
-        text = f"<think>{thoughts}</think>{message.content or ''}" if thoughts else message.content or ""
-        return {"problem": problem, "sample": sample, "model": args.teacher_model, "response": text, "finish_reason": finish_reason,
-                "tokens": completion.usage.completion_tokens if completion.usage else None}
+                temperature=args.teacher_temperature, max_tokens=args.teacher_max_tokens, stream=True)
+            thoughts, content, finish_reason = "", "", None
+            async for chunk in stream:      # streamed, so that a server that hangs is told from one that thinks
+                for choice in chunk.choices:
+                    # Servers differ in where the reasoning is: in a field of its own, by either of two names, or in the text.
+                    thoughts += getattr(choice.delta, "reasoning_content", None) or getattr(choice.delta, "reasoning", None) or ""
+                    content += choice.delta.content or ""
+                    finish_reason = choice.finish_reason or finish_reason
+        if finish_reason is None:
+            raise openai.OpenAIError("the answer broke off")
+        return {"problem": problem, "sample": sample, "model": args.teacher_model, "finish_reason": finish_reason,
+                "response": f"<think>{thoughts}</think>{content}" if thoughts else content}
 
     tasks = [asyncio.ensure_future(ask(*item)) for item in todo]
     try:
@@ -462,7 +467,7 @@ async def ask_teacher(problems, path, args):
                     failures = 0
                 except (openai.BadRequestError, openai.UnprocessableEntityError) as error:      # this request; others may do
                     refused.append(reason(error))
-                except (openai.OpenAIError, IndexError, AttributeError, TypeError) as error:    # the latter three: not a completion
+                except (openai.OpenAIError, AttributeError, TypeError, ValueError) as error:    # the latter three: not a completion
                     failures += 1
                     if failures >= 3 or isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)):
                         raise UserError(f"the teacher at {args.teacher_url} fails ({type(error).__name__}: {reason(error)}); the answers so far are "
@@ -562,6 +567,7 @@ def build_parser():
     g.add_argument("--teacher_samples", type=int, default=1, help="answers per problem")
     g.add_argument("--teacher_max_tokens", type=int, default=16384, help="tokens of an answer, reasoning included")
     g.add_argument("--teacher_temperature", type=float, default=0.6, help="0.6 is what R1 was made for")
+    g.add_argument("--teacher_timeout", type=float, default=120.0, help="seconds without a sign of life after which a request is made again")
     g.add_argument("--teacher_concurrency", type=int, default=16, help="requests at a time")
     return parser
 

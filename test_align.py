@@ -1262,23 +1262,28 @@ def test_traces_are_matched_to_training_problems_and_filtered_by_the_data_sets_a
 
 class Teacher(http.server.BaseHTTPRequestHandler):
     """An OpenAI-compatible server of the test's own. `asked` lists the problems; `fail` says what to answer instead of a completion, if anything."""
-    asked, fail = [], staticmethod(lambda problem, count: None)
+    asked, fail, breaks = [], staticmethod(lambda problem, count: None), False
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         problem = request["messages"][0]["content"].partition("\n")[0]
         self.asked.append(problem)
         status = self.fail(problem, len(self.asked)) or 200
-        body = {"error": {"message": "not now"}} if status != 200 else {
-            "id": "1", "object": "chat.completion", "created": 0, "model": "r1", "usage": {"prompt_tokens": 1, "completion_tokens": 9, "total_tokens": 10},
-            "choices": [{"index": 0, "finish_reason": "stop", "message": {
-                "role": "assistant", "reasoning_content": "Doubling.", "content": "\\boxed{%d}" % (2 * int(re.search(r"\d+", problem)[0]))}}]}
-        data = json.dumps(body).encode()
+        if status == 200:
+            answer = "\\boxed{%d}" % (2 * int(re.search(r"\d+", problem)[0]))
+            deltas = [({"role": "assistant", "reasoning_content": "Doub"}, None), ({"reasoning_content": "ling."}, None), ({"content": answer}, "stop")]
+            chunks = [{"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "r1",
+                       "choices": [{"index": 0, "delta": delta, "finish_reason": end}]} for delta, end in deltas]
+            data = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+        else:
+            data = json.dumps({"error": {"message": "not now"}})
         self.send_response(status)
-        for name, value in (("Content-Type", "application/json"), ("Content-Length", len(data)), ("retry-after-ms", 1)):
+        for name, value in (("Content-Type", "text/event-stream" if status == 200 else "application/json"), ("Content-Length", len(data)),
+                            ("retry-after-ms", 1)):
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(data)
+        self.wfile.write(data.encode()[:len(data) // 2 if self.breaks else None])
+        self.close_connection = self.breaks
 
     def log_message(self, *args):
         pass
@@ -1315,7 +1320,11 @@ def test_teacher_that_dies_or_a_run_that_is_killed_pays_for_nothing_twice(math_f
     assert exit.value.code == 2 and "the same command goes on from there" in capsys.readouterr().err
     assert len(read_lines(math_folder / "teacher.jsonl")) == 12 and not (math_folder / "sft.jsonl").exists()
 
-    handler.fail = staticmethod(lambda problem, count: time.sleep(0.1))
+    handler.fail, handler.breaks = staticmethod(lambda problem, count: None), True         # answers that break off half-way
+    with pytest.raises(SystemExit):
+        prepare_data.main([*flags, "--teacher_concurrency", "2"])
+    assert len(read_lines(math_folder / "teacher.jsonl")) == 12
+    handler.fail, handler.breaks = staticmethod(lambda problem, count: time.sleep(0.1)), False
     process = subprocess.Popen([sys.executable, ROOT / "prepare_data.py", *flags, "--teacher_concurrency", "1"], cwd=math_folder.parent.parent)
     while (math_folder / "teacher.jsonl").read_text().count("\n") < 20:
         time.sleep(0.05)
