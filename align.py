@@ -56,8 +56,12 @@ from pathlib import Path
 import huggingface_hub
 import pebble
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
@@ -108,26 +112,26 @@ PRESETS = {
     "tiny": dict(
         model="data/arithmetic/base_model", prompt="tiny", train_data="data/arithmetic/train.jsonl",
         val_data="data/arithmetic/test.jsonl", sft_data="data/arithmetic/sft.jsonl",
-        sampling_max_tokens=64, validation_size=512, lr_schedule="linear", max_length=256, gradient_accumulation_steps=1,
+        sampling_max_tokens=64, validation_size=512, lr_schedule="linear", max_length=256, tokens_per_microbatch=4096,
         eval=dict(validation_size=0),
         sft=dict(learning_rate=3e-4, train_batch_size=32, sft_epochs=16, validation_frequency=8, save_frequency=500),
         ei=dict(learning_rate=3e-4, train_batch_size=64, n_ei_steps=8, ei_batch_size=256, num_rollouts=4, sft_epochs=2,
                 validation_frequency=1, save_frequency=4),
-        grpo=dict(learning_rate=6e-4, n_grpo_steps=50, rollout_batch_size=512, train_batch_size=512, gradient_accumulation_steps=8, group_size=8,
+        grpo=dict(learning_rate=6e-4, n_grpo_steps=50, rollout_batch_size=512, train_batch_size=512, group_size=8,
                   validation_frequency=5, save_frequency=50),
     ),
     # Qwen2.5-Math-1.5B on MATH with the handout's hyperparameters; one 80 GB GPU, hours.
     "math": dict(
         model="Qwen/Qwen2.5-Math-1.5B", prompt="r1_zero", train_data="data/MATH/train.jsonl",
         val_data="data/MATH/test.jsonl", sft_data="data/MATH/sft.jsonl",
-        sampling_max_tokens=1024, validation_size=1024, lr_schedule="constant", max_length=2048,
+        sampling_max_tokens=1024, validation_size=1024, lr_schedule="constant", max_length=2048, tokens_per_microbatch=2048,
         eval=dict(validation_size=0),
-        sft=dict(learning_rate=1e-5, train_batch_size=64, gradient_accumulation_steps=32, sft_epochs=3,
+        sft=dict(learning_rate=1e-5, train_batch_size=64, sft_epochs=3,
                  validation_frequency=50, save_frequency=500),
-        ei=dict(learning_rate=1e-5, train_batch_size=64, gradient_accumulation_steps=32, n_ei_steps=5, ei_batch_size=1024,
+        ei=dict(learning_rate=1e-5, train_batch_size=64, n_ei_steps=5, ei_batch_size=1024,
                 num_rollouts=4, sft_epochs=1, validation_frequency=1, save_frequency=1),
-        grpo=dict(learning_rate=1e-5, n_grpo_steps=200, rollout_batch_size=256, train_batch_size=256,
-                  gradient_accumulation_steps=128, group_size=8, validation_frequency=10, save_frequency=50),
+        grpo=dict(learning_rate=1e-5, n_grpo_steps=200, rollout_batch_size=256, train_batch_size=256, group_size=8,
+                  validation_frequency=10, save_frequency=50),
     ),
 }
 OUTPUT_DIRS = {"eval": "baseline_output", "sft": "sft_output", "ei": "expert_iteration_output", "grpo": "grpo_output"}
@@ -194,9 +198,10 @@ def build_parser():
     g.add_argument("--weight_decay", type=number(float, 0), default=0.0, help="of AdamW; 0: off")
     g.add_argument("--gradient_clip_value", type=number(float, 1e-9), default=1.0, help="bound on the gradient's norm; inf: off")
     g.add_argument("--train_batch_size", type=number(int, 1), help="sequences per optimizer update")
-    g.add_argument("--gradient_accumulation_steps", type=number(int, 1), help="microbatches per update: less memory, the same update")
-    g.add_argument("--gradient_checkpointing", type=boolean, nargs="?", const=True, default=False,
-                   help="compute activations twice instead of keeping them: less memory, a third more time, the same update")
+    g.add_argument("--tokens_per_microbatch", type=number(int, 1), help="prompt and response tokens that go through the model at a time, of sequences of "
+                   "similar length; less takes less memory and makes the same update")
+    g.add_argument("--gradient_accumulation_steps", type=number(int, 0), default=0,
+                   help="split a train batch into so many equal microbatches instead (CS336: 128 for GRPO, 32 for SFT); 0: off")
     g.add_argument("--validation_frequency", type=number(int, 0), help="steps between validations; 0: first and last step only")
     g.add_argument("--save_frequency", type=number(int, 0), help="steps between checkpoints; 0: the final model only")
     g.add_argument("--wandb_project", help="log to this Weights & Biases project as well")
@@ -292,7 +297,7 @@ def parse_args(argv=None):
     require(args.sampling_min_tokens <= args.sampling_max_tokens,
             f"--sampling_min_tokens {args.sampling_min_tokens} is above --sampling_max_tokens {args.sampling_max_tokens}")
     if args.algo != "eval":
-        require(args.train_batch_size % args.gradient_accumulation_steps == 0,
+        require(not args.gradient_accumulation_steps or args.train_batch_size % args.gradient_accumulation_steps == 0,
                 f"--gradient_accumulation_steps {args.gradient_accumulation_steps} does not divide --train_batch_size {args.train_batch_size}")
     vllm = args.sampler == "vllm" or (args.sampler == "auto" and args.device == "cuda")
     useful = [("gpu_memory_utilization", vllm, "--sampler vllm"), ("vllm_sleep", vllm, "--sampler vllm"),
@@ -767,18 +772,110 @@ def compute_entropy(logits):
     return torch.special.entr(logits.float().softmax(dim=-1)).sum(dim=-1)           # entr(p) = -p log p, and 0 at p = 0
 
 
-def get_response_log_probs(model, input_ids, labels, return_token_entropy=False, temperature=1.0):
+CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}      # logits held at a time: on a CPU what its cache can hold
+
+
+class LabelLogProbs(torch.autograd.Function):
+    """log softmax(hidden · headᵀ / temperature)[label] and the entropy of that softmax, a chunk of positions at a time.
+
+    The logits of a batch, (positions, V) in float32, would be the largest tensor of a run by far. Here a chunk of them is computed,
+    reduced to three numbers per position (the label's log-prob, the normaliser, the entropy) and dropped; the backward pass computes
+    it again, for the gradient of log softmax: ∂ log p(label) / ∂ logit = 1[label] − p.
+    """
+
+    @staticmethod
+    def chunk_logits(hidden, head, temperature):
+        """Yields (rows, their logits in float32), rows being slices."""
+        size = max(1, CHUNK[hidden.device.type] // len(head))
+        for rows in (slice(i, i + size) for i in range(0, len(hidden), size)):
+            logits = (hidden[rows] @ head.T).float()                                # (chunk, V)
+            yield rows, logits if temperature == 1 else logits.div_(temperature)
+
+    @staticmethod
+    def forward(ctx, hidden, head, labels, temperature):
+        """hidden (M, D), head (V, D), labels (M,) -> log-probs and entropies (M,), float32. Only the former carry a gradient."""
+        ctx.dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
+        normalizers, label_logits, entropies = torch.empty(3, len(hidden), device=hidden.device)
+        for rows, logits in LabelLogProbs.chunk_logits(hidden.to(ctx.dtype), head.to(ctx.dtype), temperature):
+            label_logits[rows] = logits.gather(1, labels[rows, None]).squeeze(1)
+            largest = logits.amax(dim=1)
+            exp = logits.sub_(largest[:, None]).exp()
+            total = exp.sum(dim=1)
+            normalizers[rows] = largest + total.log()
+            entropies[rows] = total.log() - exp.mul_(logits).sum(dim=1) / total     # −Σ p log p, with p = exp / total
+        ctx.save_for_backward(hidden, head, labels, normalizers)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropies)
+        return label_logits - normalizers, entropies
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, head, labels, normalizers = ctx.saved_tensors
+        cast_hidden, cast_head = hidden.to(ctx.dtype), head.to(ctx.dtype)
+        grad_hidden, grad_head = torch.empty_like(cast_hidden), torch.zeros_like(head)
+        for rows, logits in LabelLogProbs.chunk_logits(cast_hidden, cast_head, ctx.temperature):
+            grad_logits = logits.sub_(normalizers[rows, None]).exp_().mul_(-grad[rows, None])
+            grad_logits.scatter_add_(1, labels[rows, None], grad[rows, None])
+            grad_logits = grad_logits.div_(ctx.temperature).to(ctx.dtype)
+            torch.mm(grad_logits, cast_head, out=grad_hidden[rows])
+            grad_head += grad_logits.T @ cast_hidden[rows]
+        return grad_hidden.to(hidden.dtype), grad_head, None, None
+
+
+def get_response_log_probs(model, input_ids, labels, return_token_entropy=False, temperature=1.0, response_mask=None, **context):
     """log π(label | tokens before it) for every position, prompt and padding included (mask them in the loss).
 
     Args: input_ids and labels (B, T). temperature: the sampling temperature, so that these are log-probs of the sampling distribution.
+    response_mask (B, T): compute the positions under it alone, without ever holding (B, T, V) logits; the others are 0.
+    context: further arguments of the model's forward, see SharedPrompts.
     Returns {"log_probs": (B, T)} and, if asked for, {"token_entropy": (B, T)} without a gradient; nats, float32.
     """
-    logits = model(input_ids).logits.float() / temperature                          # (B, T, V)
-    result = {"log_probs": logits.log_softmax(dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)}
-    if return_token_entropy:
+    if response_mask is None:
+        logits = model(input_ids, **context).logits.float() / temperature           # (B, T, V)
+        log_probs = logits.log_softmax(dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         with torch.no_grad():
-            result["token_entropy"] = compute_entropy(logits)
-    return result
+            entropy = compute_entropy(logits) if return_token_entropy else None
+    else:
+        hidden = model.base_model(input_ids, **context).last_hidden_state           # (B, T, D)
+        values = LabelLogProbs.apply(hidden[response_mask], model.get_output_embeddings().weight, labels[response_mask], temperature)
+        log_probs, entropy = (torch.zeros(labels.shape, device=labels.device).masked_scatter(response_mask, value) for value in values)
+    return {"log_probs": log_probs, "token_entropy": entropy} if return_token_entropy else {"log_probs": log_probs}
+
+
+class SharedPrompts:
+    """The keys and values of some prompts, each computed once for all of the responses to it, in sampling and in training.
+
+    A prompt's last token is left to its responses, whose first input it is: the model's output there is the first token's distribution.
+    In training every microbatch of responses works on copies of the keys and values and leaves its gradient there; `backward` then carries
+    the sum through the prompts. It is the same gradient as that of whole sequences, for a fraction of the work.
+    """
+
+    def __init__(self, model, prompt_ids, pad_id):
+        device, self.config = model.device, model.config
+        self.lengths = torch.tensor([len(ids) - 1 for ids in prompt_ids], device=device)                    # (P,)
+        self.longest = int(self.lengths.max())
+        ids = torch.tensor([ids[:-1] + [pad_id] * (self.longest - len(ids) + 1) for ids in map(list, prompt_ids)], device=device)
+        cache = DynamicCache(config=self.config)
+        if self.longest:
+            model.base_model(ids, past_key_values=cache, use_cache=True)            # padding on the right: no token looks at it
+        self.states = [(layer.keys, layer.values) for layer in cache.layers] if self.longest else []
+        self.copies = [tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in pair) for pair in self.states]
+
+    def context(self, prompts, width):
+        """What the model's forward needs to know of the prompts with the given numbers (b,) when its inputs, (b, width), follow them."""
+        cache = DynamicCache(config=self.config)
+        for layer, (keys, values) in zip(cache.layers, self.copies):
+            layer.update(keys[prompts], values[prompts])
+        is_prompt = torch.arange(self.longest, device=prompts.device) < self.lengths[prompts, None]         # (b, longest)
+        return {"past_key_values": cache, "use_cache": True,
+                "attention_mask": torch.cat([is_prompt, is_prompt.new_ones(len(prompts), width)], dim=1),
+                "position_ids": self.lengths[prompts, None] + torch.arange(width, device=prompts.device)}
+
+    def backward(self):
+        """Carries the gradients on the keys and values back through the prompts, where there are any."""
+        tensors = [(state, copy.grad) for pair in zip(self.states, self.copies) for state, copy in zip(*pair) if copy.grad is not None]
+        if tensors:
+            torch.autograd.backward(*zip(*tensors))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -958,6 +1055,47 @@ def response_text(tokenizer, response_ids, finish_reason, stop):
     return text[:text.rindex(stop) + len(stop)] if ended_by_stop else text
 
 
+def grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Attention of one new token per row, transformers' sdpa otherwise. The query heads that share a key head, (H / KV) of them, stand as
+    so many queries of that head; sdpa with a mask would copy the whole cache H / KV times to give each its own."""
+    rows, heads, n_queries, width = query.shape
+    if n_queries > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    output = F.scaled_dot_product_attention(query.view(rows, key.shape[1], -1, width), key, value, attn_mask=attention_mask, scale=scaling)
+    return output.reshape(rows, 1, heads, -1), None
+
+
+AttentionInterface.register("grouped_sdpa", grouped_sdpa)
+AttentionMaskInterface.register("grouped_sdpa", sdpa_mask)
+
+
+class RoomyLayer(DynamicLayer):
+    """A cache layer with room for more tokens at its end: a token is written there, where DynamicLayer copies everything to append it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.is_initialized = layer.is_initialized
+        if self.is_initialized:
+            self.keys, self.values = layer.keys.to(layer.values.dtype), layer.values
+        self.room = [None, None]
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        key_states = key_states.to(value_states.dtype)      # autocast would cast all of them at every token
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.keys, self.values = self._append(0, self.keys, key_states), self._append(1, self.values, value_states)
+        return self.keys, self.values
+
+    def _append(self, i, old, new):
+        (rows, heads, length, width), added, room = old.shape, new.shape[2], self.room[i]
+        if room is None or old.data_ptr() != room.data_ptr() or length + added > room.shape[2]:     # rows were dropped, or it is full
+            room = self.room[i] = old.new_empty(rows, heads, length + added + 64, width)
+            room[:, :, :length] = old
+        room[:, :, length:length + added] = new
+        return room[:, :, :length + added]
+
+
 class TorchSampler:
     """Samples with the training model itself, through transformers alone: the same on a laptop and on a GPU."""
 
@@ -978,74 +1116,62 @@ class TorchSampler:
         # Token t of response i is where the uniform number draws[i, t] falls in the cumulated distribution. So a response depends on
         # the seed and its own place alone, not on which others share its batch or when they end.
         draws = torch.rand(len(prompt_ids) * n, max_tokens, generator=torch.Generator().manual_seed(seed))
-        self.model.eval()           # gradient checkpointing, on in train(), would drop the cache
         per_batch = max(1, self.batch_size // n)
         rollouts = []
-        for i in range(0, len(prompt_ids), per_batch):
-            rollouts += self._generate_batch(prompt_ids[i:i + per_batch], n, temperature, max_tokens, min_tokens, stop,
-                                             draws[i * n:(i + per_batch) * n])
+        with self.autocast():       # around everything, so that the weights are cast once
+            for i in range(0, len(prompt_ids), per_batch):
+                rollouts += self._generate_batch(prompt_ids[i:i + per_batch], n, temperature, max_tokens, min_tokens, stop,
+                                                 draws[i * n:(i + per_batch) * n])
         return rollouts
 
     def _generate_batch(self, prompt_ids, n, temperature, max_tokens, min_tokens, stop, draws):
         device, tokenizer = self.model.device, self.tokenizer
-        # Prompts are padded on the left, so that all of them end in the same column and the next token follows at once.
-        longest = max(map(len, prompt_ids))
-        pad_id = padding_id(tokenizer)
-        inputs = torch.tensor([[pad_id] * (longest - len(p)) + p for p in prompt_ids], device=device)       # (P, longest)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompt_ids], device=device)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self.model.config)
         draws = draws.to(device).clamp(max=1 - 1e-6)
         # Only a token that holds the stop string's last character can complete it; the text is looked at after those alone.
-        may_stop = torch.tensor([stop is not None and stop[-1] in (s or "") for s in self.token_strings])
-
-        def next_logits(inputs, mask, positions):
-            with self.autocast():
-                return self.model(inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-                                  logits_to_keep=1).logits[:, -1].float()           # (rows, V)
-
-        # Each prompt is computed once; then its cache is copied for its n responses.
-        logits = next_logits(inputs, mask, positions).repeat_interleave(n, dim=0)
-        cache.batch_repeat_interleave(n)
-        mask, last = mask.repeat_interleave(n, dim=0), positions[:, -1].repeat_interleave(n)
-        rows = list(range(len(prompt_ids) * n))             # which response each row of the batch holds
-        ids, log_probs = [[] for _ in rows], [[] for _ in rows]
-        done = [False] * len(rows)
+        may_stop = torch.tensor([stop is not None and stop[-1] in (s or "") for s in self.token_strings], device=device)
+        rows = torch.arange(len(prompt_ids) * n, device=device)             # which response each row of the batch holds
+        ids = torch.zeros(len(rows), max_tokens, dtype=torch.long, device=device)
+        log_probs, lengths = torch.zeros(ids.shape, device=device), torch.full_like(rows, max_tokens)
+        stopped = torch.zeros_like(rows, dtype=torch.bool)
+        prompts = SharedPrompts(self.model, prompt_ids, padding_id(tokenizer))
+        context = prompts.context(rows // n, max_tokens)
+        cache, mask, positions = context["past_key_values"], context["attention_mask"], context["position_ids"]
+        cache.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        token = torch.tensor([prompt[-1] for prompt in prompt_ids], device=device)[rows // n]
         for t in range(max_tokens):
+            logits = self.model(token[:, None], attention_mask=mask[:, :prompts.longest + t + 1], position_ids=positions[:, t:t + 1],
+                                past_key_values=cache, use_cache=True).logits[:, -1].float()        # (rows, V)
             scaled = logits / (temperature or 1.0)
             normalizer = scaled.logsumexp(dim=-1)           # before the ban below: log-probs are the model's own
             if t < min_tokens:
-                scaled = scaled.index_fill(1, torch.tensor([tokenizer.eos_token_id], device=device), -math.inf)
+                scaled[:, tokenizer.eos_token_id] = -math.inf
             if temperature == 0:
                 token = scaled.argmax(dim=-1)
             else:
                 cumulated = scaled.softmax(dim=-1).cumsum(dim=-1)
-                threshold = draws[rows, t:t + 1] * cumulated[:, -1:]
-                token = torch.searchsorted(cumulated, threshold, right=True).squeeze(1)
-            log_prob = scaled.gather(1, token[:, None]).squeeze(1) - normalizer
-            token_list = token.tolist()
-            for row, token_id, value in zip(rows, token_list, log_prob.tolist()):
-                if not done[row]:
-                    ids[row].append(token_id)
-                    log_probs[row].append(value)
-                    if token_id == tokenizer.eos_token_id:
-                        done[row] = True
-                    elif t + 1 >= min_tokens and token_id < len(may_stop) and may_stop[token_id]:
-                        with_token, without = (tokenizer.decode(tail, skip_special_tokens=True) for tail in (ids[row][-32:], ids[row][-32:-1]))
-                        done[row] = with_token.count(stop) > without.count(stop)        # this token completed it
-            live = [k for k, row in enumerate(rows) if not done[row]]
-            if not live:
+                token = torch.searchsorted(cumulated, draws[rows, t:t + 1] * cumulated[:, -1:], right=True).squeeze(1)
+            ids[rows, t], log_probs[rows, t] = token, scaled.gather(1, token[:, None]).squeeze(1) - normalizer
+            ends = token == tokenizer.eos_token_id
+            if stop is not None and t + 1 >= min_tokens:
+                for k in may_stop[token].nonzero().flatten().tolist():
+                    tail = ids[rows[k], max(0, t - 31):t + 1].tolist()
+                    with_token, without = (tokenizer.decode(part, skip_special_tokens=True) for part in (tail, tail[:-1]))
+                    ends[k] |= with_token.count(stop) > without.count(stop)                         # this token completed it
+            ends &= ~stopped[rows]
+            lengths[rows[ends]], stopped[rows[ends]] = t + 1, True
+            live = ~stopped[rows]
+            n_live = int(live.sum())
+            if n_live == 0:
                 break
-            if len(live) < 0.75 * len(rows):                # finished rows leave the batch once they are many
-                keep = torch.tensor(live, device=device)
-                cache.batch_select_indices(keep)
-                rows, token, mask, last = [rows[k] for k in live], token[keep], mask[keep], last[keep]
-            mask, last = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1), last + 1
-            if t + 1 < max_tokens:
-                logits = next_logits(token[:, None], mask, last[:, None])
-        reasons = ["stop" if ended else "length" for ended in done]
-        return [Rollout(prompt_ids[i // n], ids[i], log_probs[i], response_text(tokenizer, ids[i], reasons[i], stop), reasons[i])
-                for i in range(len(ids))]
+            if n_live < 0.75 * len(rows):                   # finished rows leave the batch once they are many
+                cache.batch_select_indices(live.nonzero().flatten())
+                rows, token, mask, positions = rows[live], token[live], mask[live], positions[live]
+        rollouts = []
+        for i, (length, ended) in enumerate(zip(lengths.tolist(), stopped.tolist())):
+            response, finish_reason = ids[i, :length].tolist(), "stop" if ended else "length"
+            text = response_text(tokenizer, response, finish_reason, stop)
+            rollouts.append(Rollout(prompt_ids[i // n], response, log_probs[i, :length].tolist(), text, finish_reason))
+        return rollouts
 
 
 class VLLMSampler:
@@ -1345,20 +1471,18 @@ def load_run(args):
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         # float32 masters even on a GPU: at lr 1e-5 most AdamW steps are below half a bfloat16 ulp of the weight and would vanish.
         flash = args.device == "cuda" and args.dtype == "bfloat16" and is_flash_attn_2_available()
-        attention = "flash_attention_2" if flash else "sdpa"
+        attention = "flash_attention_2" if flash else "grouped_sdpa"
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation=attention)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {args.model} cannot be loaded: {reason(error)}") from error
     transformers_logging.disable_progress_bar()
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {args.model}: its tokenizer has no end-of-sequence token")
-    for module in model.modules():          # dropout would make π differ from the policy that sampled; without it train() and eval()
-        if isinstance(module, torch.nn.Dropout):                        # differ in nothing but gradient checkpointing
+    for module in model.modules():          # dropout would make π differ from the policy that sampled; without it train() and
+        if isinstance(module, torch.nn.Dropout):                        # eval() do not differ
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
-    if args.algo != "eval" and args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.to(args.device)
     print(f"model {args.model}: {model.num_parameters() / 1e6:.1f}M parameters on {args.device}, {args.dtype}, attention {attention}", flush=True)
     return Run(args, model, tokenizer, make_sampler(args, tokenizer), *reward_fn_and_stop(args.prompt))
@@ -1392,16 +1516,56 @@ def start_training(args):
     return run
 
 
+def make_batch(run, prompt_ids, response_ids):
+    """(batch, prompts): the responses as batch_token_ids, each after its prompt's last token, with "prompt" (N, 1), the number of its prompt
+    among the distinct ones, and those prompts' token ids."""
+    numbers = {}
+    prompt = [[numbers.setdefault(tuple(ids), len(numbers))] for ids in prompt_ids]
+    batch = batch_token_ids([ids[-1:] for ids in prompt_ids], response_ids, padding_id(run.tokenizer)) | {"prompt": torch.tensor(prompt)}
+    return {name: tensor.to(run.args.device) for name, tensor in batch.items()}, list(numbers)
+
+
 def take(batch, rows):
     """The given rows of a dict of (N, T) and (N, 1) tensors, cut to the longest sequence among them."""
     width = int(batch["response_mask"][rows].any(dim=0).nonzero().max()) + 1
     return {name: tensor[rows, :width] for name, tensor in batch.items()}
 
 
-def microbatches(args, batch):
-    """Splits a train batch (a dict of tensors) into microbatches of train_batch_size / gradient_accumulation_steps sequences."""
-    rows = torch.arange(len(batch["labels"]))
-    return [take(batch, part) for part in rows.split(args.train_batch_size // args.gradient_accumulation_steps)]
+def split_by_tokens(items, lengths, budget):
+    """Lists of items of similar length, longest first, each of at most `budget` tokens when padded to its longest, or of a single item."""
+    parts = []
+    for item in sorted(items, key=lambda i: -lengths[i]):
+        if not parts or (len(parts[-1]) + 1) * lengths[parts[-1][0]] > budget:
+            parts.append([])
+        parts[-1].append(item)
+    return parts
+
+
+def microbatches(run, batch, prompts):
+    """Yields a train batch (of make_batch) in microbatches with their "context", the argument of get_response_log_probs.
+
+    Each prompt goes through the model once; when the responses to it have been through, forward and backward, its own backward pass follows.
+    """
+    args, budget, prompt_of = run.args, run.args.tokens_per_microbatch, batch["prompt"].flatten().tolist()
+    lengths = batch["response_mask"].sum(dim=1).tolist()
+    if args.gradient_accumulation_steps:
+        size = args.train_batch_size // args.gradient_accumulation_steps
+        parts = [list(range(i, min(i + size, len(lengths)))) for i in range(0, len(lengths), size)]
+        groups = [([*dict.fromkeys(prompt_of[i] for i in part)], [part]) for part in parts]
+    else:
+        groups = []
+        for some in split_by_tokens(sorted(set(prompt_of)), [len(ids) for ids in prompts], budget):
+            chosen = set(some)
+            groups.append((some, split_by_tokens([i for i, p in enumerate(prompt_of) if p in chosen], lengths, budget)))
+    for some, parts in groups:
+        with autocast(args):
+            shared = SharedPrompts(run.model, [prompts[p] for p in some], padding_id(run.tokenizer))
+        place = {p: i for i, p in enumerate(some)}
+        for part in parts:
+            micro = take(batch, torch.tensor(part, device=args.device))
+            numbers = torch.tensor([place[prompt_of[i]] for i in part], device=args.device)
+            yield micro | {"context": shared.context(numbers, micro["labels"].shape[1])}
+        shared.backward()
 
 
 def optimizer_step(run, learning_rate):
@@ -1474,14 +1638,12 @@ def check_gap(args, gaps):
 
 def check_sampler(run, rollouts, temperature):
     """check_gap on a few rollouts, for the loops that do not compute the sampled tokens' log-probs anyway."""
-    gaps = []
-    for rollout in rollouts[:16]:
-        batch = batch_token_ids([rollout.prompt_ids], [rollout.response_ids], 0)
-        ids, labels, mask = (tensor.to(run.args.device) for tensor in batch.values())
-        with torch.no_grad(), autocast(run.args):
-            log_probs = get_response_log_probs(run.model, ids, labels, temperature=temperature)["log_probs"]
-        gaps.append(logprob_gap(log_probs, place_log_probs([rollout], mask), mask, run.args.sampling_min_tokens))
-    return check_gap(run.args, torch.cat(gaps))
+    rollouts = rollouts[:16]
+    batch = batch_token_ids([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], 0)
+    ids, labels, mask = (tensor.to(run.args.device) for tensor in batch.values())
+    with torch.no_grad(), autocast(run.args):
+        log_probs = get_response_log_probs(run.model, ids, labels, temperature=temperature, response_mask=mask)["log_probs"]
+    return check_gap(run.args, logprob_gap(log_probs, place_log_probs(rollouts, mask), mask, run.args.sampling_min_tokens))
 
 
 def sample_for_training(run, problems, count, n, step):
@@ -1559,17 +1721,15 @@ def start_logging(run, last_step):
 
 def sft_update(run, examples, learning_rate):
     """One optimizer update on (prompt_ids, response_ids) pairs. Returns the update's metrics; its loss is in nats per token."""
-    batch = batch_token_ids([p for p, _ in examples], [r for _, r in examples], padding_id(run.tokenizer))
-    batch = {name: tensor.to(run.args.device) for name, tensor in batch.items()}
+    batch, prompts = make_batch(run, [p for p, _ in examples], [r for _, r in examples])
     tokens, loss_sum, entropy_sum = int(batch["response_mask"].sum()), 0.0, 0.0
-    run.model.train()
-    for micro in microbatches(run.args, batch):
+    for micro in microbatches(run, batch, prompts):
+        mask = micro["response_mask"]
         with autocast(run.args):
-            out = get_response_log_probs(run.model, micro["input_ids"], micro["labels"], return_token_entropy=True)
-        loss, _ = sft_microbatch_train_step(out["log_probs"], micro["response_mask"], len(examples) / len(micro["labels"]),
-                                            normalize_constant=tokens / len(examples))
+            out = get_response_log_probs(run.model, micro["input_ids"], micro["labels"], True, 1.0, mask, **micro["context"])
+        loss, _ = sft_microbatch_train_step(out["log_probs"], mask, len(examples) / len(mask), normalize_constant=tokens / len(examples))
         loss_sum += loss.item()
-        entropy_sum += masked_normalize(out["token_entropy"], micro["response_mask"], 1.0).item()
+        entropy_sum += masked_normalize(out["token_entropy"], mask, 1.0).item()
     grad_norm = optimizer_step(run, learning_rate)
     return {"loss": loss_sum, "entropy_sum": entropy_sum, "clipped": 0, "tokens": tokens, "grad_norm": grad_norm}
 
@@ -1648,24 +1808,32 @@ def train_expert_iteration(args):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def grpo_update(run, batch, learning_rate):
-    """One optimizer update on a train batch: "input_ids", "labels", "response_mask", "sampler_log_probs" and, off-policy, "old_log_probs",
-    each (B, T), "raw_rewards" and "advantages" (B, 1). Returns the update's metrics. Raises UserError, before the update, for a stale sampler."""
+def grpo_update(run, batch, prompts, learning_rate):
+    """One optimizer update on a train batch: make_batch's with "sampler_log_probs" and, off-policy, "old_log_probs", each (B, T), and
+    "raw_rewards" and "advantages" (B, 1). Returns the update's metrics. Raises UserError, before the update, for a stale sampler."""
     args, loss_sum, entropy_sum, clipped, gaps = run.args, 0.0, 0.0, 0.0, []
-    run.model.train()
-    for micro in microbatches(args, batch):
-        mask = micro["response_mask"]
-        with autocast(args):
-            out = get_response_log_probs(run.model, micro["input_ids"], micro["labels"], True, args.sampling_temperature)
-        old_log_probs = micro.get("old_log_probs", out["log_probs"].detach())       # on-policy the old policy is this one
-        gaps.append(logprob_gap(old_log_probs, micro["sampler_log_probs"], mask, args.sampling_min_tokens))
-        loss, metadata = grpo_microbatch_train_step(
-            out["log_probs"], mask, len(batch["labels"]) / len(mask), args.loss_type, micro["raw_rewards"], micro["advantages"], old_log_probs,
-            args.cliprange, args.sampling_max_tokens if args.length_normalization == "masked_normalize" else None,
-            importance_weights(old_log_probs, micro["sampler_log_probs"], args.is_correction) if args.is_correction else None)
-        loss_sum += loss.item()
-        entropy_sum += masked_normalize(out["token_entropy"], mask, 1.0).item()
-        clipped += masked_normalize(metadata.get("clipped", torch.zeros_like(mask)).float(), mask, 1.0).item()
+    # A response of weight 0 has gradient 0: it goes forward, for the metrics, but not backward (unless all do: AdamW's momentum moves on).
+    teaches = (batch["raw_rewards" if args.loss_type == "no_baseline" else "advantages"] != 0).flatten()
+    teaches = teaches if teaches.any() else torch.ones_like(teaches)
+    for rows in (teaches.nonzero().flatten(), (~teaches).nonzero().flatten()):
+        if not len(rows):
+            continue
+        backward = bool(teaches[rows[0]])
+        with torch.set_grad_enabled(backward):
+            for micro in microbatches(run, take(batch, rows), prompts):
+                mask = micro["response_mask"]
+                with autocast(args):
+                    out = get_response_log_probs(run.model, micro["input_ids"], micro["labels"], True, args.sampling_temperature, mask, **micro["context"])
+                old_log_probs = micro.get("old_log_probs", out["log_probs"].detach())       # on-policy the old policy is this one
+                gaps.append(logprob_gap(old_log_probs, micro["sampler_log_probs"], mask, args.sampling_min_tokens))
+                entropy_sum += masked_normalize(out["token_entropy"], mask, 1.0).item()
+                if backward:
+                    loss, metadata = grpo_microbatch_train_step(
+                        out["log_probs"], mask, len(batch["labels"]) / len(mask), args.loss_type, micro["raw_rewards"], micro["advantages"],
+                        old_log_probs, args.cliprange, args.sampling_max_tokens if args.length_normalization == "masked_normalize" else None,
+                        importance_weights(old_log_probs, micro["sampler_log_probs"], args.is_correction) if args.is_correction else None)
+                    loss_sum += loss.item()
+                    clipped += masked_normalize(metadata.get("clipped", torch.zeros_like(mask)).float(), mask, 1.0).item()
     gap = check_gap(args, torch.cat(gaps))
     return {"loss": loss_sum, "entropy_sum": entropy_sum, "clipped": clipped, "tokens": int(batch["response_mask"].sum()), "gap": gap,
             "grad_norm": optimizer_step(run, learning_rate)}
@@ -1689,24 +1857,23 @@ def train_grpo(args):
         time_grading = time.perf_counter() - sampled
         log_generations(Path(args.output_dir, "samples.jsonl"), step, "training", rollouts, reward_metadata["rewards"], repeated)
 
-        batch = batch_token_ids([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], padding_id(run.tokenizer))
-        batch |= {"raw_rewards": raw_rewards[:, None], "advantages": advantages[:, None],           # (N, 1)
-                  "sampler_log_probs": place_log_probs(rollouts, batch["response_mask"])}         # (N, T)
-        batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
+        batch, prompts = make_batch(run, [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])
+        batch |= {"row": torch.arange(len(rollouts))[:, None].to(args.device), "raw_rewards": raw_rewards[:, None].to(args.device),      # (N, 1)
+                  "advantages": advantages[:, None].to(args.device), "sampler_log_probs": place_log_probs(rollouts, batch["response_mask"])}
         if off_policy:          # π_old is the policy before the first update: its log-probs are computed once, for the whole rollout batch
             old_log_probs = torch.zeros(batch["labels"].shape, device=args.device)
             with torch.no_grad(), autocast(args):
-                for rows in torch.arange(len(rollouts)).split(args.train_batch_size // args.gradient_accumulation_steps):
-                    micro = take(batch, rows)
-                    out = get_response_log_probs(run.model, micro["input_ids"], micro["labels"], temperature=args.sampling_temperature)
-                    old_log_probs[rows, :out["log_probs"].shape[1]] = out["log_probs"]
+                for micro in microbatches(run, batch, prompts):
+                    out = get_response_log_probs(run.model, micro["input_ids"], micro["labels"], False, args.sampling_temperature,
+                                                 micro["response_mask"], **micro["context"])
+                    old_log_probs[micro["row"].flatten(), :micro["labels"].shape[1]] = out["log_probs"]
             batch["old_log_probs"] = old_log_probs
 
         learning_rate, updates = learning_rate_at(args, step, run.last_step), []
         for epoch in range(args.epochs_per_rollout_batch):
             order = torch.randperm(len(rollouts), generator=torch.Generator().manual_seed(seed_for(args.seed, step, f"epoch {epoch}")))
             for rows in order.split(args.train_batch_size):
-                updates.append(grpo_update(run, take(batch, rows), learning_rate))
+                updates.append(grpo_update(run, take(batch, rows), prompts, learning_rate))
         finished = time.perf_counter()
         finish_step(run, {"step": step, "time": finished - started, "time_sampling": sampled - started, "time_grading": time_grading,
                           "time_training": finished - sampled - time_grading, "train_reward_total": reward_metadata["reward_mean"],
