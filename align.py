@@ -865,7 +865,7 @@ class SharedPrompts:
         """What the model's forward needs to know of the prompts with the given numbers (b,) when its inputs, (b, width), follow them."""
         cache = DynamicCache(config=self.config)
         for layer, (keys, values) in zip(cache.layers, self.copies):
-            layer.update(keys[prompts], values[prompts])
+            layer.update(keys.index_select(0, prompts), values.index_select(0, prompts))
         is_prompt = torch.arange(self.longest, device=prompts.device) < self.lengths[prompts, None]         # (b, longest)
         return {"past_key_values": cache, "use_cache": True,
                 "attention_mask": torch.cat([is_prompt, is_prompt.new_ones(len(prompts), width)], dim=1),

@@ -1436,7 +1436,7 @@ def test_teacher_that_refuses_the_key_is_asked_once(math_folder, teacher, capsys
     (["--dataset", "math", "--force"], "Three ways out"),
     (["--dataset", "math", "--from_path", "nowhere"], "--from_path nowhere is not there"),
     (["--dataset", "math", "--from_path", "copy/train.jsonl", "--force"], "no test problems"),
-    (["--dataset", "math", "--from_path", "elsewhere"], "is there already, from copy"),
+    (["--dataset", "math", "--from_path", "data"], "is there already, from copy"),
     (["--dataset", "math", "--traces", "nowhere"], "neither hub:DATASET, teacher, solutions nor a file"),
     (["--dataset", "math", "--traces", "hub:nobody/nothing"], "Three ways out"),
     (["--traces", "solutions"], "are for --dataset math and gsm8k"),
