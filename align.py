@@ -855,10 +855,12 @@ class SharedPrompts:
         self.lengths = torch.tensor([len(ids) - 1 for ids in prompt_ids], device=device)                    # (P,)
         self.longest = int(self.lengths.max())
         ids = torch.tensor([ids[:-1] + [pad_id] * (self.longest - len(ids) + 1) for ids in map(list, prompt_ids)], device=device)
-        cache = DynamicCache(config=self.config)
-        if self.longest:
-            model.base_model(ids, past_key_values=cache, use_cache=True)            # padding on the right: no token looks at it
-        self.states = [(layer.keys, layer.values) for layer in cache.layers] if self.longest else []
+        caches = []
+        for some in ids.split(max(1, 4096 // self.longest)) if self.longest else ():        # some at a time: activations take memory
+            caches.append(DynamicCache(config=self.config))
+            model.base_model(some, past_key_values=caches[-1], use_cache=True)      # padding on the right: no token looks at it
+        self.states = [tuple(torch.cat(parts) for parts in zip(*((layer.keys, layer.values) for layer in layers)))
+                       for layers in zip(*(cache.layers for cache in caches))]      # (P, heads, longest, D) for each layer
         self.copies = [tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in pair) for pair in self.states]
 
     def context(self, prompts, width):
@@ -1447,6 +1449,7 @@ class Run:
     optimizer: torch.optim.Optimizer | None = None
     val_problems: list | None = None
     last_step: int = 0
+    next_plot: float = 0.0
 
 
 def load_run(args):
@@ -1463,6 +1466,10 @@ def load_run(args):
             raise UserError(f"{path} is not there; " + (f"make it with: python prepare_data.py --dataset {known}{traces}" if known else
                                                         "it holds JSON lines, as README.md describes"))
     grading_pool().schedule(int)        # starts the workers now, before this process holds a model and a GPU
+    if args.device == "cpu" and sys.platform == "linux":
+        # Freed memory stays with the process: to give large tensors back to the system and fetch them again costs a fifth of a step.
+        for option, value in ((-4, 0), (-1, 2**31 - 1)):        # M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
     if Path(args.model).is_dir():
         transformers_logging.disable_progress_bar()     # only a download is slow enough to need one
     else:
@@ -1484,6 +1491,11 @@ def load_run(args):
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
     model.to(args.device)
+    ids = torch.arange(min(16, len(tokenizer)), device=args.device)[None]
+    with torch.no_grad(), autocast(args):
+        plain, ours = (get_response_log_probs(model, ids[:, :-1], ids[:, 1:], response_mask=mask)["log_probs"] for mask in (None, ids[:, 1:] >= 0))
+    if not torch.allclose(plain, ours, atol=0.05):
+        raise UserError(f"--model {args.model} does more to its logits than multiply by the output head (a soft cap, say), which section 6 leaves out")
     print(f"model {args.model}: {model.num_parameters() / 1e6:.1f}M parameters on {args.device}, {args.dtype}, attention {attention}", flush=True)
     return Run(args, model, tokenizer, make_sampler(args, tokenizer), *reward_fn_and_stop(args.prompt))
 
@@ -1690,8 +1702,9 @@ def finish_step(run, record, checkpoint):
                    "eval_lenient_accuracy": metrics["lenient_accuracy"], "eval_response_length": metrics["response_length"],
                    "eval_truncated_fraction": metrics["truncated_fraction"], "time_evaluation": time.perf_counter() - started}
     log_step(args, record, run.last_step)
-    if lookup(record, ACCURACY) is not None:
+    if step == run.last_step or (lookup(record, ACCURACY) is not None and time.monotonic() > run.next_plot):
         plot_runs([args.output_dir], Path(args.output_dir, "curves.png"))
+        run.next_plot = time.monotonic() + 60           # drawing takes half a second: not at every validation of a short run
     if step and args.save_frequency and step % args.save_frequency == 0:
         save_checkpoint(Path(args.output_dir, checkpoint), run.model, run.tokenizer, run.optimizer, step)
     if step and step == run.last_step:

@@ -19,6 +19,7 @@ import random
 import re
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -520,6 +521,14 @@ def test_update_with_shared_prompts_is_the_update_of_whole_sequences(splitting, 
     before = random_model(vocab_size=23, num_key_value_heads=1)
     step, expected_step = (torch.cat([(p - q).flatten() for p, q in zip(m.parameters(), before.parameters())]) for m in (model, plain))
     assert expected_step.norm() > 0.1 and close(step, expected_step)
+
+
+def test_microbatches_of_responses_like_gsm8ks_are_hardly_padding():
+    lengths = [max(4, round(random.Random(i).lognormvariate(4.6, 0.45))) for i in range(256)]      # about 110 tokens, half of them 75 to 135
+    parts = align.split_by_tokens(range(256), lengths, 2048)
+    assert sorted(itertools.chain(*parts)) == list(range(256))
+    processed = sum(len(part) * max(lengths[i] for i in part) for part in parts)
+    assert sum(lengths) / processed > 0.9
 
 
 def test_responses_without_advantage_do_not_go_backward(monkeypatch):
@@ -1492,3 +1501,190 @@ def test_real_prompt_in_qwens_vocabulary():
     sampler = align.TorchSampler(tokenizer, 8, contextlib.nullcontext)
     ends = [i for i, s in enumerate(sampler.token_strings) if s and ">" in s]
     assert theirs.encode("</answer>")[-1] in ends and len(ends) > 100       # the stop string ends in many a token: ">", ">\n", ">."…
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Benchmarks: BENCH=1 SMOLLM2=folder pytest test_align.py -k bench -s, alone on the machine; peers that are not installed are left out
+# ----------------------------------------------------------------------------------------------------------------------
+
+bench = pytest.mark.skipif(not os.environ.get("BENCH"), reason="a benchmark: BENCH=1 pytest test_align.py -k bench -s")
+SMOLLM2 = os.environ.get("SMOLLM2", "")         # a folder with SmolLM2-135M
+needs_smollm2 = pytest.mark.skipif(not SMOLLM2, reason="needs SMOLLM2=a folder with SmolLM2-135M")
+needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs TRL: pip install trl==1.16.0")
+
+
+def coin_reward_fn(response, ground_truth):
+    """As good as random, so that every group has something to learn, whatever the model."""
+    reward = float(len(response) % 2)
+    return {"reward": reward, "format_reward": reward, "answer_reward": reward}
+
+
+def seconds_of(function):
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def align_step_seconds(folder, model, prompt, problems, group_size, tokens, steps):
+    """Seconds of each GRPO step of align.py after the first, from its own metrics, with responses of exactly `tokens` tokens."""
+    write_lines(folder / "problems.jsonl", [{"problem": problem, "answer": "1"} for problem in problems])
+    n = len(problems) * group_size
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(align, "reward_fn_and_stop", lambda prompt: (coin_reward_fn, None))
+        align.main(["--algo", "grpo", "--preset", "tiny", "--model", str(model), "--prompt", prompt, "--train_data", str(folder / "problems.jsonl"),
+                    "--val_data", str(folder / "problems.jsonl"), "--validation_size", "1", "--validation_frequency", "0", "--n_grpo_steps", str(steps + 1),
+                    "--group_size", str(group_size), "--rollout_batch_size", str(n), "--train_batch_size", str(n), "--sampling_min_tokens", str(tokens),
+                    "--sampling_max_tokens", str(tokens), "--tokens_per_microbatch", "2048", "--output_dir", str(folder / "out"), "--overwrite",
+                    "--save_frequency", "0"])
+    records = metrics_of(folder / "out")[2:]
+    assert all(r["response_length"] == tokens and r["equal_reward_groups"] < n // group_size for r in records)
+    return [r["time"] for r in records]
+
+
+def trl_step_seconds(folder, model, prompts, group_size, tokens, per_device_batch, steps):
+    """Seconds of each GRPO step of TRL after the first: one generation of group_size responses to each prompt, one update on all of them."""
+    import datasets
+    from transformers import PrinterCallback, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+    responses, ends = len(prompts) * group_size, []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            ends.append(time.perf_counter())
+
+    config = GRPOConfig(
+        str(folder), model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"}, use_cpu=True, bf16=False, gradient_checkpointing=False,
+        num_generations=group_size, generation_batch_size=responses, per_device_train_batch_size=per_device_batch,
+        gradient_accumulation_steps=responses // per_device_batch, max_steps=steps + 1, shuffle_dataset=False,
+        max_completion_length=tokens, generation_kwargs={"min_new_tokens": tokens}, temperature=1.0, top_p=1.0, top_k=0,
+        loss_type="grpo", beta=0.0, num_iterations=1, scale_rewards="group", learning_rate=6e-4, lr_scheduler_type="constant",
+        adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.0, max_grad_norm=1.0, save_strategy="no", logging_strategy="no", report_to="none",
+        disable_tqdm=True, dataloader_pin_memory=False)
+    trainer = GRPOTrainer(str(model), lambda completions, **kwargs: [coin_reward_fn(text, "")["reward"] for text in completions], args=config,
+                          train_dataset=datasets.Dataset.from_list([{"prompt": p} for p in prompts] * (steps + 1)), callbacks=[Clock()])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return [after - before for before, after in zip(ends, ends[1:])]
+
+
+@bench
+@needs_trl
+@pytest.mark.parametrize("setting", ["tiny", pytest.param("SmolLM2-135M", marks=needs_smollm2)])
+def test_bench_grpo_step_against_trl(setting, embedded, tmp_path, capsys):
+    tiny = setting == "tiny"
+    model, prompt, n, tokens, batch, steps, rounds = (embedded / "base_model", "tiny", 32, 40, 64, 5, 3) if tiny else (SMOLLM2, "r1_zero", 8, 111, 8, 1, 1)
+    problems = [p["problem"] for p in read_lines(embedded / "train.jsonl")[:n]] if tiny else [
+        f"A farmer has {i + 20} sheep and buys {i + 3} more every week, but sells {i} of them at the end of each month. How many sheep does he have "
+        f"after {i + 2} months of four weeks each, if none is born and none dies?" for i in range(n)]
+    ours, theirs = [], []
+    for _ in range(rounds):
+        ours += align_step_seconds(tmp_path, model, prompt, problems, 8, tokens, steps)
+        theirs += trl_step_seconds(tmp_path / "trl", model, [align.format_prompt(prompt, p) for p in problems], 8, tokens, batch, steps)
+    ours, theirs = statistics.median(ours), statistics.median(theirs)
+    with capsys.disabled():
+        print(f"\nGRPO step, {setting}, {8 * n} responses of {tokens} tokens: {ours:.2f} s; TRL {theirs:.2f} s ({theirs / ours:.1f} times)")
+    assert theirs > (2 if tiny else 2.5) * ours
+
+
+@bench
+@needs_smollm2
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bench_sampling(dtype, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
+    model = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32, attn_implementation="grouped_sdpa")
+    plain = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=getattr(torch, dtype))
+    prompts = [align.format_prompt("r1_zero", f"Ann has {i + 3} boxes of {i + 12} pens each and gives {i} pens away. How many are left?") for i in range(8)]
+    prompt_ids, args = tokenizer(prompts)["input_ids"], types.SimpleNamespace(device="cpu", dtype=dtype, model=SMOLLM2, seed=0, vllm_sleep=False,
+                                                                              gpu_memory_utilization=0.3)
+    sampling = dict(n=8, seed=0, temperature=1.0, max_tokens=128, min_tokens=128, stop=None)
+    samplers = {"align.py": align.TorchSampler(tokenizer, 512, lambda: align.autocast(args))}
+    if importlib.util.find_spec("vllm"):
+        samplers["vLLM"] = align.VLLMSampler(args, tokenizer)
+    works = {}
+    for name, sampler in samplers.items():
+        sampler.load_weights(model)
+        works[name] = lambda sampler=sampler: sampler.generate(prompt_ids, **sampling)
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    works["model.generate"] = lambda: plain.generate(**inputs, do_sample=True, top_k=0, top_p=1.0, num_return_sequences=8, min_new_tokens=128, max_new_tokens=128)
+    speeds = {name: [] for name in works}
+    for i in range(3):
+        for name, work in works.items():
+            seconds = seconds_of(work)
+            if i:           # the first round warms up
+                speeds[name].append(8 * 8 * 128 / seconds)
+    speeds = {name: statistics.median(values) for name, values in speeds.items()}
+    with capsys.disabled():
+        print(f"\nsampling, SmolLM2-135M, {dtype}, 8 × 8 × 128 tokens:", ", ".join(f"{name} {value:.0f}" for name, value in speeds.items()), "tokens/s")
+    assert speeds["align.py"] > 2 * speeds["model.generate"] and speeds["align.py"] > speeds.get("vLLM", 0)
+
+
+@bench
+@pytest.mark.parametrize("vocab_size, memory", [(49152, 0.4), (151936, 0.2)])
+def test_bench_log_probs_against_all_logits(vocab_size, memory, capsys):
+    """Forward and backward, each in a process of its own: what the peak of memory rises to above the model's own, and seconds."""
+    code = f"""if True:
+        import sys, time, resource
+        sys.path.insert(0, {str(ROOT)!r})
+        import torch, align
+        from transformers import LlamaConfig, LlamaForCausalLM
+        model = LlamaForCausalLM(LlamaConfig(vocab_size={vocab_size}, hidden_size=576, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=9,
+                                             num_key_value_heads=3, tie_word_embeddings=True))
+        ids = torch.randint({vocab_size}, (8, 513))
+        mask = torch.ones(8, 512, dtype=torch.bool) if sys.argv[1] == "chunks" else None
+        before, times = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+        for _ in range(3):
+            started = time.perf_counter()
+            align.get_response_log_probs(model, ids[:, :-1], ids[:, 1:], True, response_mask=mask)["log_probs"].mean().backward()
+            times.append(time.perf_counter() - started)
+            model.zero_grad()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, sorted(times)[1])"""
+    runs = {kind: [[float(x) for x in subprocess.run([sys.executable, "-c", code, kind], capture_output=True, text=True, check=True).stdout.split()]
+                   for _ in range(2)] for kind in ("chunks", "plain")}
+    (peak, seconds), (plain_peak, plain_seconds) = ([statistics.median(column) for column in zip(*runs[kind])] for kind in ("chunks", "plain"))
+    with capsys.disabled():
+        print(f"\nlog-probs and entropy, 8 × 512 tokens, vocabulary {vocab_size}: {peak / 1e6:.2f} GB in {seconds:.1f} s; all logits at once "
+              f"{plain_peak / 1e6:.2f} GB in {plain_seconds:.1f} s ({peak / plain_peak:.2f} of the memory, {seconds / plain_seconds:.2f} of the time)")
+    assert peak < memory * plain_peak and seconds < plain_seconds
+
+
+def update_seconds(model_dir, prompt_ids, lengths, budget, rounds):
+    """Median seconds of forward and backward over one response of each length, eight to a prompt, and the number of tokens."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="grouped_sdpa"), AutoTokenizer.from_pretrained(model_dir)
+    run = types.SimpleNamespace(args=types.SimpleNamespace(device="cpu", dtype="float32", gradient_accumulation_steps=0, tokens_per_microbatch=budget),
+                                model=model.float(), tokenizer=tokenizer)
+    batch, prompts = align.make_batch(run, [prompt_ids[i // 8] for i in range(len(lengths))], [[7 + i % 50 for i in range(n)] for n in lengths])
+
+    def work():
+        for micro in align.microbatches(run, batch, prompts):
+            align.get_response_log_probs(model, micro["input_ids"], micro["labels"], True, 1.0, micro["response_mask"],
+                                         **micro["context"])["log_probs"].mean().backward()
+        model.zero_grad()
+    work()
+    return statistics.median(seconds_of(work) for _ in range(rounds)), sum(map(len, prompts)), sum(lengths), model
+
+
+@bench
+@needs_smollm2
+def test_bench_training_against_the_machines_matmul_rate(capsys):
+    a, b = torch.randn(2, 2048, 2048)
+    rates = [2 * 2048**3 / seconds_of(lambda: a @ b) / 1e9 for _ in range(20)]
+    seconds, prompt_tokens, response_tokens, model = update_seconds(SMOLLM2, [list(range(50 + i, 200 + i)) for i in range(8)], [111] * 64, 2048, 2)
+    rates = statistics.median(rates + [2 * 2048**3 / seconds_of(lambda: a @ b) / 1e9 for _ in range(20)])
+    head = model.get_output_embeddings().weight.numel()
+    work = 6 * ((model.num_parameters() - head) * (prompt_tokens + response_tokens) + head * response_tokens) / 1e9
+    with capsys.disabled():
+        print(f"\ntraining, SmolLM2-135M, 8 prompts × 8 responses × 111 tokens: {work / seconds:.0f} GFLOP/s, {work / seconds / rates:.0%} of the {rates:.0f} "
+              f"of a 2048³ matrix product ({seconds:.1f} s)")
+    assert work / seconds > 0.6 * rates
+
+
+@bench
+def test_bench_cost_of_an_update_is_linear_in_its_tokens(embedded, capsys):
+    prompt_ids = [list(range(10 + i, 32 + i)) for i in range(64)]
+    costs = {}
+    for times in (1, 2, 4, 8):
+        seconds, prompt_tokens, response_tokens, _ = update_seconds(embedded / "base_model", prompt_ids, [20 + i % 30 for i in range(64 * times)], 4096, 9)
+        costs[times] = seconds / (prompt_tokens + response_tokens) * 1e6
+    with capsys.disabled():
+        print("\nupdate, tiny model, µs per token at 1, 2, 4 and 8 times the tokens:", ", ".join(f"{cost:.1f}" for cost in costs.values()))
+    assert max(costs.values()) < 1.15 * min(costs.values())
