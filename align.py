@@ -1326,6 +1326,7 @@ def log_generations(path, step, purpose, rollouts, rewards, problems):
 # What the algorithms call the same thing. The first name that a step's dict holds is the one shown.
 REWARD = ("train_reward_total", "ei/avg_reward")
 LOSS = ("loss", "train/loss", "ei/sft_loss")
+LEARNING_RATE = ("learning_rate", "train/learning_rate")
 ACCURACY = ("val_reward_answer", "eval/accuracy", "ei/eval_accuracy", "accuracy")
 FORMAT = ("val_reward_format", "eval/format_reward", "ei/eval_format_reward", "format_reward")
 
@@ -1351,7 +1352,7 @@ def log_step(args, record, last_step):
     if "time_training" in record:
         print(f"step {head} | reward {show(REWARD, '.3f')} fmt {show('train_reward_format', '.3f')} | loss {show(LOSS, '+.4f')} | "
               f"ent {show('token_entropy', '.3f')} clip {show('clip_fraction', '.1f', 100)}% | len {show('response_length', '5.1f')} "
-              f"trunc {show('truncated_fraction', '3.0f', 100)}% | gnorm {show('grad_norm', '.2f')} | lr {show('learning_rate', '.1e')} | "
+              f"trunc {show('truncated_fraction', '3.0f', 100)}% | gnorm {show('grad_norm', '.2f')} | lr {show(LEARNING_RATE, '.1e')} | "
               f"{show('time', '.1f')}s (gen {show('time_sampling', '.1f')}s)", flush=True)
     if lookup(record, ACCURACY) is not None:
         print(f"eval {head} | acc {show(ACCURACY, '.3f')} ±{show('eval_stderr', '.3f')} (n={record['eval_problems']}) fmt {show(FORMAT, '.3f')} "

@@ -574,8 +574,12 @@ def build_parser():
 
 def main(argv=None):
     """Runs the command line. A user's mistake ends in one sentence and exit code 2."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     with one_sentence("prepare_data.py"):
+        for flag, value in vars(args).items():
+            if flag.startswith("teacher_") and args.traces != "teacher" and value != parser.get_default(flag):
+                raise UserError(f"--{flag} is for --traces teacher")
         if args.dataset == "arithmetic":
             if args.from_path or args.traces:
                 raise UserError("--from_path and --traces are for --dataset math and gsm8k")
