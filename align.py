@@ -1583,6 +1583,9 @@ def microbatches(run, batch, prompts):
 
 def optimizer_step(run, learning_rate):
     """Clips the accumulated gradient and applies it; a gradient that is not finite is dropped. Returns its norm before clipping."""
+    for parameter in run.model.parameters():
+        if parameter.grad is None:          # no response had anything to teach: the gradient is 0, and AdamW's momentum moves on
+            parameter.grad = torch.zeros_like(parameter)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.args.gradient_clip_value).item()
     run.optimizer.param_groups[0]["lr"] = learning_rate
     if math.isfinite(grad_norm):
@@ -1826,9 +1829,8 @@ def grpo_update(run, batch, prompts, learning_rate):
     """One optimizer update on a train batch: make_batch's with "sampler_log_probs" and, off-policy, "old_log_probs", each (B, T), and
     "raw_rewards" and "advantages" (B, 1). Returns the update's metrics. Raises UserError, before the update, for a stale sampler."""
     args, loss_sum, entropy_sum, clipped, gaps = run.args, 0.0, 0.0, 0.0, []
-    # A response of weight 0 has gradient 0: it goes forward, for the metrics, but not backward (unless all do: AdamW's momentum moves on).
+    # A response of weight 0 has gradient 0: it goes forward, for the metrics, but not backward.
     teaches = (batch["raw_rewards" if args.loss_type == "no_baseline" else "advantages"] != 0).flatten()
-    teaches = teaches if teaches.any() else torch.ones_like(teaches)
     for rows in (teaches.nonzero().flatten(), (~teaches).nonzero().flatten()):
         if not len(rows):
             continue

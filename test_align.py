@@ -542,6 +542,14 @@ def test_responses_without_advantage_do_not_go_backward(monkeypatch):
     advantages = torch.tensor([1.0, -1.0, *[0.0] * 10])[:, None]
     metrics = align.grpo_update(run, batch | {"raw_rewards": advantages, "advantages": advantages, "sampler_log_probs": log_probs}, prompts, 1.0)
     assert sum(backward_tokens) == 6 and metrics["tokens"] == 36
+    before = [p.clone() for p in run.model.parameters()]
+    run.optimizer = torch.optim.SGD(run.model.parameters(), lr=1.0)
+    batch = batch | {"raw_rewards": 0 * advantages, "advantages": 0 * advantages, "sampler_log_probs": torch.full((12, 3), math.nan)}
+    with pytest.raises(align.UserError, match="stale or wrong weights"):        # the check of the sampler sees them all the same
+        align.grpo_update(run, batch, prompts, 1.0)
+    batch["sampler_log_probs"] = align.get_response_log_probs(run.model, whole["input_ids"], whole["labels"], temperature=0.7)["log_probs"][:, 1:].detach()
+    assert align.grpo_update(run, batch, prompts, 1.0)["grad_norm"] == 0 and len(backward_tokens) == 1
+    assert all(torch.equal(p, q) for p, q in zip(before, run.model.parameters()))
 
 
 def test_grouped_attention_samples_what_plain_attention_samples():
