@@ -772,7 +772,7 @@ def compute_entropy(logits):
     return torch.special.entr(logits.float().softmax(dim=-1)).sum(dim=-1)           # entr(p) = -p log p, and 0 at p = 0
 
 
-CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}      # logits held at a time: on a CPU what its cache can hold
+CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}      # logits held at a time
 
 
 class LabelLogProbs(torch.autograd.Function):
@@ -818,7 +818,10 @@ class LabelLogProbs(torch.autograd.Function):
             grad_logits.scatter_add_(1, labels[rows, None], grad[rows, None])
             grad_logits = grad_logits.div_(ctx.temperature).to(ctx.dtype)
             torch.mm(grad_logits, cast_head, out=grad_hidden[rows])
-            grad_head += grad_logits.T @ cast_hidden[rows]
+            if ctx.dtype == head.dtype:
+                grad_head.addmm_(grad_logits.T, cast_hidden[rows])
+            else:                           # sums stay float32
+                grad_head += grad_logits.T @ cast_hidden[rows]
         return grad_hidden.to(hidden.dtype), grad_head, None, None
 
 
