@@ -1489,8 +1489,8 @@ def load_run(args):
     transformers_logging.disable_progress_bar()
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {args.model}: its tokenizer has no end-of-sequence token")
-    for module in model.modules():          # dropout would make π differ from the policy that sampled; without it train() and
-        if isinstance(module, torch.nn.Dropout):                        # eval() do not differ
+    for module in model.modules():          # dropout would make π differ from the policy that sampled
+        if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
