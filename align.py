@@ -56,8 +56,10 @@ from pathlib import Path
 import huggingface_hub
 import pebble
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -76,14 +78,34 @@ def reason(error):
     return " ".join(lines[:2])[:500] or type(error).__name__
 
 
+def fail(program, message, code):
+    """Ends the program with one sentence. Of several ranks rank 0 speaks; what another one has to say is heard where rank 0 lives on."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)       # which torchrun sends as soon as a rank has ended
+        time.sleep(2)
+    print(f"{program}: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def out_of_memory(error):
+    """Is this exception PyTorch's way to say so? (On a CPU it is a plain RuntimeError.)"""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 @contextlib.contextmanager
 def one_sentence(program):
     """What goes wrong inside and is not the program's own fault ends it with one sentence on stderr and an exit code."""
     try:
         yield
     except (UserError, OSError) as error:       # OSError: no space, no permission, a folder that vanished
-        print(f"{program}: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(program, error, 2)
+    except RuntimeError as error:
+        if out_of_memory(error):
+            fail(program, "out of memory; --tokens_per_microbatch bounds training, --sampler_batch_size and --gpu_memory_utilization bound sampling; "
+                          "what was saved before is intact", 2)
+        if not re.search(r"gloo|NCCL|TCPStore", str(error)):
+            raise
+        fail(program, f"another rank is gone ({reason(error)}); what was saved before is intact", 1)
     except KeyboardInterrupt:
         print(f"{program}: interrupted; what was saved before is intact", file=sys.stderr)
         sys.exit(130)
@@ -97,6 +119,41 @@ def use_hub_or_cache():
         pass
     except OSError:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+# Many GPUs: `torchrun --nproc_per_node N align.py …` starts N of these programs, the ranks. Each samples, grades and trains on its share
+# of the work and holds its share of the weights (`shard`, section 6). One process alone is rank 0 of 1.
+
+
+def rank_and_size():
+    """(this process's rank, how many there are)."""
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if torch.distributed.is_initialized() else (0, 1)
+
+
+def join_ranks():
+    """Under torchrun: finds the other ranks and takes a GPU. From here on rank 0 alone prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if torch.distributed.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+
+
+def from_all_ranks(value):
+    """What each rank passes here, in order, on every rank. They all have to call it."""
+    rank, size = rank_and_size()
+    values = [value] * size
+    if size > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def by_all_ranks(function, items):
+    """function(items), a list of one result per item, each rank computing its share of it."""
+    rank, size = rank_and_size()
+    shares = from_all_ranks(function(items[rank::size]) if items[rank::size] else [])
+    return [shares[i % size][i // size] for i in range(len(items))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -204,6 +261,9 @@ def build_parser():
                    help="split a train batch into so many equal microbatches instead (CS336: 128 for GRPO, 32 for SFT); 0: off")
     g.add_argument("--validation_frequency", type=number(int, 0), help="steps between validations; 0: first and last step only")
     g.add_argument("--save_frequency", type=number(int, 0), help="steps between checkpoints; 0: the final model only")
+    g.add_argument("--keep_checkpoints", type=number(int, 0), default=0, help="only the newest so many; 0: all")
+    g.add_argument("--resume", type=boolean, nargs="?", const=True, default=False,
+                   help="go on from the newest checkpoint in output_dir, with that run's settings where no flag says otherwise")
     g.add_argument("--wandb_project", help="log to this Weights & Biases project as well")
 
     g = group("supervised data", "sft")
@@ -248,6 +308,20 @@ def build_parser():
     return parser, users
 
 
+def read_settings(args):
+    """The settings of the run that is to be resumed; {} where it was stopped before it wrote any."""
+    path = Path(args.output_dir or OUTPUT_DIRS[args.algo], "args.json")
+    if not path.exists():
+        return {}
+    try:
+        settings = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read, so that the run cannot be resumed: {reason(error)}") from error
+    if settings.get("algo") != args.algo:
+        raise UserError(f"{path.parent} holds a run of --algo {settings.get('algo')}, which --algo {args.algo} cannot resume")
+    return {flag: value for flag, value in settings.items() if flag not in ("resume", "overwrite")}
+
+
 def parse_args(argv=None):
     """The run's settings. Raises UserError for a flag that is wrong, that contradicts another or that the run would not use."""
     parser, users = build_parser()
@@ -277,12 +351,14 @@ def parse_args(argv=None):
     args.preset, requested = (args.preset or "auto"), args.preset
     if args.preset == "auto":
         args.preset = "math" if torch.cuda.is_available() else "tiny"
-    preset = PRESETS[args.preset]
+    preset = PRESETS[args.preset] | PRESETS[args.preset][args.algo]
+    if args.resume:
+        preset |= read_settings(args)
     for flag in users:
         if args.algo not in users[flag]:
             delattr(args, flag)
         elif flag not in typed and flag != "preset":
-            setattr(args, flag, preset[args.algo].get(flag, preset.get(flag, parser.get_default(flag))))
+            setattr(args, flag, preset.get(flag, parser.get_default(flag)))
     if requested in (None, "auto"):
         print(f"preset {args.preset}: {'a GPU is' if torch.cuda.is_available() else 'no GPU'} here (--preset chooses)")
     args.output_dir = args.output_dir or OUTPUT_DIRS[args.algo]
@@ -297,11 +373,14 @@ def parse_args(argv=None):
     require(args.sampling_min_tokens <= args.sampling_max_tokens,
             f"--sampling_min_tokens {args.sampling_min_tokens} is above --sampling_max_tokens {args.sampling_max_tokens}")
     if args.algo != "eval":
+        require(not (args.resume and args.overwrite), "--resume goes on with a run, --overwrite removes it: one of the two")
         require(not args.gradient_accumulation_steps or args.train_batch_size % args.gradient_accumulation_steps == 0,
                 f"--gradient_accumulation_steps {args.gradient_accumulation_steps} does not divide --train_batch_size {args.train_batch_size}")
     vllm = args.sampler == "vllm" or (args.sampler == "auto" and args.device == "cuda")
     useful = [("gpu_memory_utilization", vllm, "--sampler vllm"), ("vllm_sleep", vllm, "--sampler vllm"),
               ("sampler_batch_size", args.sampler != "vllm", "--sampler torch")]
+    if args.algo != "eval":
+        useful += [("tokens_per_microbatch", not args.gradient_accumulation_steps, "--gradient_accumulation_steps 0")]
     if args.algo == "grpo":
         require(args.rollout_batch_size % args.group_size == 0,
                 f"--group_size {args.group_size} does not divide --rollout_batch_size {args.rollout_batch_size}")
@@ -663,6 +742,7 @@ def start_worker():
     """What a worker does first: bound its memory, leave Ctrl-C to the parent, and end when the parent is killed."""
     import resource
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)       # not the parent's handler
     if sys.platform == "linux":
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + WORKER_MEMORY, taken + WORKER_MEMORY))
@@ -674,7 +754,7 @@ def grading_pool():
     """The worker processes, started once. They wait while the model computes, and end with this process."""
     import math_verify      # noqa: F401 (imported before the fork, the workers share it)
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = pebble.ProcessPool(max_workers=min(os.cpu_count(), 16), initializer=start_worker, context=context)
+    pool = pebble.ProcessPool(max_workers=max(1, min(os.cpu_count() // rank_and_size()[1], 16)), initializer=start_worker, context=context)
     atexit.register(lambda: (pool.stop(), pool.join()))
     return pool
 
@@ -695,14 +775,10 @@ def can_be_pickled(reward_fn):
     return True
 
 
-def grade_responses(reward_fn, responses, truths):
-    """Grades every response, all workers at once. Returns (the reward dicts, how many crashed, raised or exceeded DEADLINE: those score 0).
-
-    reward_fn: any function of (response, ground_truth) that returns {"reward", "format_reward", "answer_reward"}.
-    """
-    pairs = list(zip(responses, truths, strict=True))
+def grade_pairs(reward_fn, pairs):
+    """The reward dicts of (response, truth) pairs; None for one whose grading crashed, raised or exceeded DEADLINE."""
     if not can_be_pickled(reward_fn):
-        return grade_chunk(reward_fn, pairs), 0
+        return grade_chunk(reward_fn, pairs)
     schedule, size = grading_pool().schedule, 32
     chunks = [pairs[i:i + size] for i in range(0, len(pairs), size)]
     futures = [schedule(grade_chunk, args=(reward_fn, chunk), timeout=DEADLINE / 2) for chunk in chunks]
@@ -714,11 +790,21 @@ def grade_responses(reward_fn, responses, truths):
         if future.exception() is None:
             rewards += future.result()
         else:
-            rewards.append({"reward": 0.0, "format_reward": 0.0, "answer_reward": 0.0})
+            rewards.append(None)
             errors.append(future.exception())
     if len(errors) == len(pairs) >= size:       # not a hard case here and there, but a reward function that does not work
         raise UserError(f"the reward function failed on every one of {len(pairs)} responses, first with {errors[0]!r}")
-    return rewards, len(errors)
+    return rewards
+
+
+def grade_responses(reward_fn, responses, truths):
+    """Grades every response, with all workers at once. Returns (the reward dicts, how many could not be graded: those score 0).
+
+    reward_fn: any function of (response, ground_truth) that returns {"reward", "format_reward", "answer_reward"}.
+    """
+    rewards = by_all_ranks(functools.partial(grade_pairs, reward_fn), list(zip(responses, truths, strict=True)))
+    failed = {"reward": 0.0, "format_reward": 0.0, "answer_reward": 0.0}
+    return [failed if reward is None else reward for reward in rewards], rewards.count(None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -825,6 +911,11 @@ class LabelLogProbs(torch.autograd.Function):
         return grad_hidden.to(hidden.dtype), grad_head, None, None
 
 
+def hidden_states(model, input_ids, **context):
+    """What the output head turns into logits, (B, T, D)."""
+    return getattr(model, "sharded_base", model.base_model)(input_ids, **context).last_hidden_state         # see shard
+
+
 def get_response_log_probs(model, input_ids, labels, return_token_entropy=False, temperature=1.0, response_mask=None, **context):
     """log π(label | tokens before it) for every position, prompt and padding included (mask them in the loss).
 
@@ -839,10 +930,37 @@ def get_response_log_probs(model, input_ids, labels, return_token_entropy=False,
         with torch.no_grad():
             entropy = compute_entropy(logits) if return_token_entropy else None
     else:
-        hidden = model.base_model(input_ids, **context).last_hidden_state           # (B, T, D)
+        hidden = hidden_states(model, input_ids, **context)                         # (B, T, D)
         values = LabelLogProbs.apply(hidden[response_mask], model.get_output_embeddings().weight, labels[response_mask], temperature)
         log_probs, entropy = (torch.zeros(labels.shape, device=labels.device).masked_scatter(response_mask, value) for value in values)
     return {"log_probs": log_probs, "token_entropy": entropy} if return_token_entropy else {"log_probs": log_probs}
+
+
+def shard(model, dtype):
+    """Leaves each rank with one part in N of every parameter, and so of its gradient and of AdamW's state (PyTorch's FSDP2).
+
+    A layer's weights are put together where a forward or backward pass needs them and dropped again; gradients are averaged over the ranks.
+    With dtype "bfloat16" weights travel in bfloat16. Every rank has to make the same forward and backward passes.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if dtype == "bfloat16" else MixedPrecisionPolicy()
+    for layer in next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList)):
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    # The output head stands beside the base model, so FSDP must see a call of the latter as one of the whole model.
+    model.sharded_base = lambda *args, **kwargs: model.base_model(*args, **kwargs)
+    register_fsdp_forward_method(model, "sharded_base")
+
+
+def reshard(model):
+    """Drops again what the last forward pass has put together, where the model is sharded."""
+    if hasattr(model, "sharded_base"):
+        model.reshard()
+
+
+def whole(tensor):
+    """A sharded tensor put together, on every rank (all have to call this); another one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class SharedPrompts:
@@ -853,15 +971,15 @@ class SharedPrompts:
     the sum through the prompts. It is the same gradient as that of whole sequences, for a fraction of the work.
     """
 
-    def __init__(self, model, prompt_ids, pad_id):
+    def __init__(self, model, prompt_ids, pad_id, tokens_at_a_time=math.inf):
         device, self.config = model.device, model.config
         self.lengths = torch.tensor([len(ids) - 1 for ids in prompt_ids], device=device)                    # (P,)
         self.longest = int(self.lengths.max())
         ids = torch.tensor([ids[:-1] + [pad_id] * (self.longest - len(ids) + 1) for ids in map(list, prompt_ids)], device=device)
-        caches = []
-        for some in ids.split(max(1, 4096 // self.longest)) if self.longest else ():        # some at a time: activations take memory
+        caches, self.outputs = [], []
+        for some in ids.split(max(1, int(min(len(ids), tokens_at_a_time / self.longest)))) if self.longest else ():
             caches.append(DynamicCache(config=self.config))
-            model.base_model(some, past_key_values=caches[-1], use_cache=True)      # padding on the right: no token looks at it
+            self.outputs.append(hidden_states(model, some, past_key_values=caches[-1], use_cache=True))     # no token looks at padding on its right
         self.states = [tuple(torch.cat(parts) for parts in zip(*((layer.keys, layer.values) for layer in layers)))
                        for layers in zip(*(cache.layers for cache in caches))]      # (P, heads, longest, D) for each layer
         self.copies = [tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in pair) for pair in self.states]
@@ -879,6 +997,8 @@ class SharedPrompts:
     def backward(self):
         """Carries the gradients on the keys and values back through the prompts, where there are any."""
         tensors = [(state, copy.grad) for pair in zip(self.states, self.copies) for state, copy in zip(*pair) if copy.grad is not None]
+        if tensors and rank_and_size()[1] > 1:      # the hooks with which FSDP fetches weights hang on the outputs
+            tensors += [(output, torch.zeros_like(output)) for output in self.outputs]
         if tensors:
             torch.autograd.backward(*zip(*tensors))
 
@@ -1081,11 +1201,10 @@ class RoomyLayer(DynamicLayer):
         super().__init__()
         self.is_initialized = layer.is_initialized
         if self.is_initialized:
-            self.keys, self.values = layer.keys.to(layer.values.dtype), layer.values
+            self.keys, self.values = layer.keys, layer.values
         self.room = [None, None]
 
     def update(self, key_states, value_states, *args, **kwargs):
-        key_states = key_states.to(value_states.dtype)      # autocast would cast all of them at every token
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
@@ -1102,31 +1221,39 @@ class RoomyLayer(DynamicLayer):
 
 
 class TorchSampler:
-    """Samples with the training model itself, through transformers alone: the same on a laptop and on a GPU."""
+    """Samples through transformers alone, the same on a laptop and on a GPU: with the training model itself where it is whole and of the
+    sampler's dtype, else with a copy."""
 
-    def __init__(self, tokenizer, batch_size, autocast):
-        self.tokenizer, self.batch_size, self.autocast = tokenizer, batch_size, autocast
+    def __init__(self, tokenizer, batch_size, dtype):
+        self.tokenizer, self.batch_size, self.dtype, self.model = tokenizer, batch_size, getattr(torch, dtype), None
         self.token_strings = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
 
+    @torch.no_grad()
     def load_weights(self, model):
-        """Takes over the model's weights as they are now (here by sharing them)."""
-        self.model = model
+        """Takes over the model's weights as they are now."""
+        if model.dtype == self.dtype and not hasattr(model, "sharded_base"):
+            self.model = model
+            return
+        if self.model is None:
+            with model.device:
+                self.model = AutoModelForCausalLM.from_config(model.config, dtype=self.dtype, attn_implementation="grouped_sdpa")
+        for copy, parameter in zip(self.model.parameters(), model.parameters(), strict=True):       # one at a time
+            copy.copy_(whole(parameter))
 
     @torch.no_grad()
-    def generate(self, prompt_ids, n, seed, temperature, max_tokens, min_tokens, stop):
+    def generate(self, prompt_ids, n, seeds, temperature, max_tokens, min_tokens, stop):
         """n responses to each prompt (lists of token ids): a list of len(prompt_ids) × n Rollouts, those of one prompt together.
 
-        temperature 0 is greedy. No end-of-sequence before min_tokens. stop: a string that ends a response, or None.
+        seeds: one for each prompt. temperature 0 is greedy. No end-of-sequence before min_tokens. stop: a string that ends a response, or None.
         """
         # Token t of response i is where the uniform number draws[i, t] falls in the cumulated distribution. So a response depends on
-        # the seed and its own place alone, not on which others share its batch or when they end.
-        draws = torch.rand(len(prompt_ids) * n, max_tokens, generator=torch.Generator().manual_seed(seed))
+        # its prompt's seed and its own number alone, not on which others share its batch or when they end.
+        draws = torch.cat([torch.rand(n, max_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         per_batch = max(1, self.batch_size // n)
         rollouts = []
-        with self.autocast():       # around everything, so that the weights are cast once
-            for i in range(0, len(prompt_ids), per_batch):
-                rollouts += self._generate_batch(prompt_ids[i:i + per_batch], n, temperature, max_tokens, min_tokens, stop,
-                                                 draws[i * n:(i + per_batch) * n])
+        for i in range(0, len(prompt_ids), per_batch):
+            rollouts += self._generate_batch(prompt_ids[i:i + per_batch], n, temperature, max_tokens, min_tokens, stop,
+                                             draws[i * n:(i + per_batch) * n])
         return rollouts
 
     def _generate_batch(self, prompt_ids, n, temperature, max_tokens, min_tokens, stop, draws):
@@ -1138,7 +1265,7 @@ class TorchSampler:
         ids = torch.zeros(len(rows), max_tokens, dtype=torch.long, device=device)
         log_probs, lengths = torch.zeros(ids.shape, device=device), torch.full_like(rows, max_tokens)
         stopped = torch.zeros_like(rows, dtype=torch.bool)
-        prompts = SharedPrompts(self.model, prompt_ids, padding_id(tokenizer))
+        prompts = SharedPrompts(self.model, prompt_ids, padding_id(tokenizer), tokens_at_a_time=4096)       # activations take memory
         context = prompts.context(rows // n, max_tokens)
         cache, mask, positions = context["past_key_values"], context["attention_mask"], context["position_ids"]
         cache.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
@@ -1191,13 +1318,15 @@ class VLLMSampler:
         import vllm
         self.vllm, self.tokenizer, self.sleeps, self.on_cpu = vllm, tokenizer, args.vllm_sleep, args.device == "cpu"
         # The CPU build cannot rewind a request's generator, which a prompt cut into chunks needs; and compiling costs it a minute.
-        cpu_settings = dict(enable_chunked_prefill=False, enforce_eager=True) if self.on_cpu else {}
+        settings = dict(enable_chunked_prefill=False, enforce_eager=True) if self.on_cpu else {}
+        if rank_and_size()[1] > 1:
+            settings["distributed_executor_backend"] = "external_launcher"      # one engine per rank, on the rank's own GPU
         try:
             # processed_logprobs are those of the distribution that is sampled from, after temperature. generation_config="vllm" keeps the
             # model's generation_config.json from adding a top-k or another end of sequence.
             self.llm = vllm.LLM(model=args.model, dtype=args.dtype, seed=args.seed, gpu_memory_utilization=args.gpu_memory_utilization,
                                 enable_sleep_mode=self.sleeps, logprobs_mode="processed_logprobs", generation_config="vllm",
-                                disable_log_stats=True, **cpu_settings)
+                                disable_log_stats=True, **settings)
             self.llm.generate([{"prompt_token_ids": [tokenizer.eos_token_id]}], vllm.SamplingParams(max_tokens=1), use_tqdm=False)  # does it run?
         except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
             raise UserError(f"vLLM {vllm.__version__} cannot serve {args.model}: {reason(error)}; too little memory is mended by "
@@ -1211,7 +1340,7 @@ class VLLMSampler:
         if self.sleeps:         # the weights' memory first, and only then their values: waking up later would bring old weights back
             self.llm.wake_up(tags=["weights"])
         try:
-            weights = ((name, parameter.detach()) for name, parameter in model.named_parameters())
+            weights = ((name, whole(parameter.detach())) for name, parameter in model.named_parameters())
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             if self.on_cpu and model.config.tie_word_embeddings:
                 # The CPU build multiplies by a packed copy of the output head, which a hand-over of tied embeddings leaves as it was.
@@ -1223,12 +1352,12 @@ class VLLMSampler:
             self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()
 
-    def generate(self, prompt_ids, n, seed, temperature, max_tokens, min_tokens, stop):
+    def generate(self, prompt_ids, n, seeds, temperature, max_tokens, min_tokens, stop):
         """As TorchSampler.generate. Every response is a request with a seed of its own; prefix caching computes a shared prompt once."""
         prompts = [ids for ids in prompt_ids for _ in range(n)]
         params = [self.vllm.SamplingParams(temperature=temperature, max_tokens=max_tokens, min_tokens=min_tokens, logprobs=0,
                                            stop=[stop] if stop else [], include_stop_str_in_output=True, seed=seed_for(seed, i, "request"))
-                  for i in range(len(prompts))]
+                  for seed in seeds for i in range(n)]
         outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         if self.sleeps:
             self.llm.sleep(level=2)
@@ -1250,7 +1379,16 @@ def make_sampler(args, tokenizer):
         print(f"sampler {choice}{hint} (--sampler chooses)")
     if choice == "vllm" and not installed:
         raise UserError("--sampler vllm needs vLLM: pip install vllm==0.32.0")
-    return VLLMSampler(args, tokenizer) if choice == "vllm" else TorchSampler(tokenizer, args.sampler_batch_size, lambda: autocast(args))
+    return VLLMSampler(args, tokenizer) if choice == "vllm" else TorchSampler(tokenizer, args.sampler_batch_size, args.dtype)
+
+
+def sample(sampler, prompt_ids, n, seed, **settings):
+    """n Rollouts for each prompt, those of one prompt together; settings go to the sampler's generate. Each rank samples for its prompts."""
+    def groups(numbers):
+        rollouts = sampler.generate([prompt_ids[i] for i in numbers], n, [seed_for(seed, i, "prompt") for i in numbers], **settings)
+        return [rollouts[i:i + n] for i in range(0, len(rollouts), n)]
+
+    return [rollout for group in by_all_ranks(groups, range(len(prompt_ids))) for rollout in group]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1284,7 +1422,7 @@ def evaluate(sampler, problems, reward_fn, n, seed, **sampling):
 
     Returns (metrics, rollouts, rewards). The standard error is over problems: responses to one problem are not independent.
     """
-    rollouts = sampler.generate([p["prompt_ids"] for p in problems], n, seed, **sampling)
+    rollouts = sample(sampler, [p["prompt_ids"] for p in problems], n, seed, **sampling)
     truths = [p["answer"] for p in problems for _ in range(n)]
     texts = [r.text for r in rollouts]
     rewards, failed = grade_responses(reward_fn, texts, truths)
@@ -1315,6 +1453,8 @@ def evaluate(sampler, problems, reward_fn, n, seed, **sampling):
 
 def log_generations(path, step, purpose, rollouts, rewards, problems):
     """Appends one JSON line per rollout to `path`: what was asked, written, expected and paid. problems: one per rollout."""
+    if rank_and_size()[0] > 0:
+        return
     with open(path, "a", encoding="utf-8") as file:
         for rollout, reward, problem in zip(rollouts, rewards, problems, strict=True):
             file.write(json.dumps({"step": step, "purpose": purpose, "problem": problem["problem"], "response": rollout.text,
@@ -1341,6 +1481,8 @@ def lookup(record, names):
 
 def log_step(args, record, last_step):
     """Writes one step's dict to metrics.jsonl, to stdout as one line, and to W&B where asked for."""
+    if rank_and_size()[0] > 0:
+        return
     with open(Path(args.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
     if args.wandb_project:
@@ -1401,18 +1543,51 @@ def plot_runs(folders, path):
     os.replace(partial, path)
 
 
-def save_checkpoint(path, model, tokenizer, optimizer=None, step=None):
-    """A Hugging Face folder, which from_pretrained and `vllm serve` open, plus the trainer's state. Written aside, then renamed.
+def sha256(path):
+    """The checksum of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-    Raises UserError where it cannot be written; what was saved before is not touched.
+
+def remove(path):
+    """Removes a folder, under a name first that nobody takes for a complete one."""
+    if path.exists():
+        os.replace(path, removed := Path(f"{path}.partial"))
+        shutil.rmtree(removed)
+
+
+def save_checkpoint(path, model, tokenizer, optimizer=None, step=None):
+    """A Hugging Face folder, which from_pretrained and `vllm serve` open, plus the trainer's state and SHA256SUMS (`sha256sum -c` checks it).
+
+    Written aside, flushed to the disk, then renamed. Raises UserError where it cannot be written; what was saved before is not touched.
     """
+    first = rank_and_size()[0] == 0
+
+    def gather(tensors):
+        """Sharded tensors put together one after the other, on rank 0."""
+        return {name: full.detach().cpu() for name, tensor in tensors.items() if (full := whole(tensor)) is not None and first}
+
+    weights = gather(dict(model.named_parameters())) if hasattr(model, "sharded_base") else None       # None: its own
+    trainer_state = None
+    if optimizer is not None:
+        state = optimizer.state_dict()
+        trainer_state = {"optimizer": state | {"state": {i: gather(tensors) for i, tensors in state["state"].items()}}, "step": step}
+    if not first:
+        return
     partial = Path(f"{path}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, state_dict=weights)
         tokenizer.save_pretrained(partial)
-        if optimizer is not None:
-            torch.save({"optimizer": optimizer.state_dict(), "step": step}, partial / "trainer_state.pt")
+        if trainer_state:
+            torch.save(trainer_state, partial / "trainer_state.pt")
+        sums = "".join(f"{sha256(file)}  {file.name}\n" for file in sorted(partial.iterdir()))
+        (partial / "SHA256SUMS").write_text(sums)
+        for file in (*partial.iterdir(), partial):
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        remove(Path(path))              # there only if it is damaged, or older than a change of flags
         os.replace(partial, path)
     except (OSError, RuntimeError, SafetensorError) as error:       # safetensors and torch.save do not raise OSError on a full disk
         free = shutil.disk_usage(partial.parent).free / 1e6
@@ -1420,20 +1595,73 @@ def save_checkpoint(path, model, tokenizer, optimizer=None, step=None):
         raise UserError(f"{path} cannot be written ({free:.0f} MB free on its disk): {reason(error)}; what was saved before is intact") from error
 
 
-def open_output_dir(args):
-    """Makes output_dir and writes args.json. A run that is there already is left alone, or with --overwrite removed."""
+def checkpoints(folder):
+    """The folder's checkpoints as (step, path), newest first."""
+    found = [(re.search(r"[-_](\d+)$", path.name), path) for path in Path(folder).glob("checkpoint*")]
+    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+
+def newest_checkpoint(folder):
+    """The newest checkpoint whose files are as they were written, as (step, path), or (0, None). A damaged one is named and passed over."""
+    for step, path in checkpoints(folder):
+        try:
+            sums = dict(line.split("  ", 1)[::-1] for line in (path / "SHA256SUMS").read_text().splitlines())
+            if "trainer_state.pt" in sums and all(sha256(path / name) == checksum for name, checksum in sums.items()):
+                return step, path
+        except (OSError, ValueError):       # a file that is missing; a line that is not "checksum  name"
+            pass
+        print(f"{path} is incomplete or damaged: passed over", flush=True)
+    return 0, None
+
+
+def load_trainer_state(path, optimizer):
+    """Gives the optimizer what a checkpoint holds of its state, to each rank its shards of it."""
+    state = torch.load(path / "trainer_state.pt", map_location="cpu", weights_only=True)["optimizer"]
+    for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
+        if isinstance(parameter, DTensor):
+            state["state"][i] = {name: distribute_tensor(tensor, parameter.device_mesh, parameter.placements) if tensor.ndim else tensor
+                                 for name, tensor in state["state"][i].items()}
+    optimizer.load_state_dict(state | {"param_groups": optimizer.state_dict()["param_groups"]})      # settings come from the flags
+
+
+def cut_back(path, step):
+    """Takes the records of later steps, and half a line at the end, off a JSON-lines file whose records hold "step"."""
+    if not path.exists():
+        return
+    partial = Path(f"{path}.partial")
+    with open(path, encoding="utf-8", errors="replace") as old, open(partial, "w", encoding="utf-8") as new:
+        for line in old:
+            try:
+                later = json.loads(line)["step"] > step
+            except (ValueError, TypeError, KeyError):
+                break
+            if later:
+                break
+            new.write(line)
+    os.replace(partial, path)
+
+
+def open_output_dir(args, step=0):
+    """Makes output_dir and writes args.json. A run that is there already is left alone, or removed with --overwrite, or with --resume cut
+    back to the step that it goes on from; step 0 is the start."""
     folder = Path(args.output_dir)
-    names = ("args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "baseline_results_summary.json", "checkpoint*", "final_model*")
+    names = ("args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "baseline_results_summary.json", "checkpoint*", "final_model*", "wandb")
     old = [path for name in names for path in folder.glob(name)]
-    if old and not args.overwrite:
-        raise UserError(f"{folder} holds a run already; choose another --output_dir, or replace it with --overwrite")
+    resume = getattr(args, "resume", False)
+    if old and not args.overwrite and not resume:
+        raise UserError(f"{folder} holds a run already; go on with it by --resume, choose another --output_dir, or replace it with --overwrite")
     model = Path(args.model).resolve()
-    if any(model == path.resolve() for path in old):
+    if args.overwrite and any(model == path.resolve() for path in old):
         raise UserError(f"--overwrite would remove --model {args.model}; choose another --output_dir")
     for path in old:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if args.overwrite or path.name.endswith(".partial"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        cut_back(folder / name, step if step else -1)
+    partial = folder / "args.json.partial"
+    partial.write_text(json.dumps(vars(args), indent=2) + "\n")
+    os.replace(partial, folder / "args.json")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1452,17 +1680,23 @@ class Run:
     stop: str | None
     optimizer: torch.optim.Optimizer | None = None
     val_problems: list | None = None
+    step: int = 0               # steps done, when a run is resumed
     last_step: int = 0
     next_plot: float = 0.0
+    signal: int = 0             # SIGINT or SIGTERM, once it has come
+    skipped: int = 0            # updates in a row whose gradient was not finite
+    halved: bool = False        # memory ran out before
 
 
-def load_run(args):
-    """Model, tokenizer and sampler of a run. Raises UserError where the model cannot be had."""
+def load_run(args, weights=None):
+    """Model, tokenizer and sampler of a run, the weights from a checkpoint if one is given. Raises UserError where the model cannot be had."""
     data_files = [vars(args)[flag] for flag in ("train_data", "val_data", "sft_data") if flag in vars(args) and not vars(args).get("question")]
-    if any(path.startswith("data/arithmetic/") and not Path(path).exists() for path in (args.model, *data_files)):
+    rank, size = rank_and_size()
+    if rank == 0 and any(path.startswith("data/arithmetic/") and not Path(path).exists() for path in (args.model, *data_files)):
         print("data/arithmetic/ is not complete yet: making it with prepare_data.py", flush=True)
         from prepare_data import prepare_arithmetic
         prepare_arithmetic("data/arithmetic")
+    from_all_ranks(None)        # waits for rank 0
     for path in data_files:
         if not Path(path).is_file():            # before a model is downloaded
             known = {"data/MATH": "math", "data/GSM8K": "gsm8k"}.get(str(Path(path).parent))
@@ -1483,7 +1717,7 @@ def load_run(args):
         # float32 masters even on a GPU: at lr 1e-5 most AdamW steps are below half a bfloat16 ulp of the weight and would vanish.
         flash = args.device == "cuda" and args.dtype == "bfloat16" and is_flash_attn_2_available()
         attention = "flash_attention_2" if flash else "grouped_sdpa"
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_pretrained(weights or args.model, dtype=torch.float32, attn_implementation=attention)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {args.model} cannot be loaded: {reason(error)}") from error
     transformers_logging.disable_progress_bar()
@@ -1494,13 +1728,17 @@ def load_run(args):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
-    model.to(args.device)
+    if size > 1 and args.algo != "eval":
+        shard(model, args.dtype)
+    else:
+        model.to(args.device)
     ids = torch.arange(min(16, len(tokenizer)), device=args.device)[None]
     with torch.no_grad(), autocast(args):
         plain, ours = (get_response_log_probs(model, ids[:, :-1], ids[:, 1:], response_mask=mask)["log_probs"] for mask in (None, ids[:, 1:] >= 0))
     if not torch.allclose(plain, ours, atol=0.05):
         raise UserError(f"--model {args.model} does more to its logits than multiply by the output head (a soft cap, say), which section 6 leaves out")
-    print(f"model {args.model}: {model.num_parameters() / 1e6:.1f}M parameters on {args.device}, {args.dtype}, attention {attention}", flush=True)
+    print(f"model {args.model}: {model.num_parameters() / 1e6:.1f}M parameters on {f'{size} × ' if size > 1 else ''}{args.device}, {args.dtype}, "
+          f"attention {attention}", flush=True)
     return Run(args, model, tokenizer, make_sampler(args, tokenizer), *reward_fn_and_stop(args.prompt))
 
 
@@ -1526,9 +1764,15 @@ def load_val_problems(run):
 
 def start_training(args):
     """A Run with its optimizer, its validation problems and its output directory."""
-    run = load_run(args)
-    run.val_problems = load_val_problems(run)
+    # Rank 0's finding counts. A run that was stopped before its first checkpoint begins again.
+    step, checkpoint = from_all_ranks(newest_checkpoint(args.output_dir) if args.resume and rank_and_size()[0] == 0 else (0, None))[0]
+    run = load_run(args, checkpoint)
+    run.step, run.val_problems = step, load_val_problems(run)
+    reshard(run.model)
     run.optimizer = torch.optim.AdamW(run.model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    if checkpoint:
+        load_trainer_state(checkpoint, run.optimizer)
+        print(f"resumed from {checkpoint}", flush=True)
     return run
 
 
@@ -1558,42 +1802,95 @@ def split_by_tokens(items, lengths, budget):
 
 
 def microbatches(run, batch, prompts):
-    """Yields a train batch (of make_batch) in microbatches with their "context", the argument of get_response_log_probs.
+    """Yields this rank's share of a train batch (of make_batch) in microbatches with their "context", the argument of get_response_log_probs.
 
     Each prompt goes through the model once; when the responses to it have been through, forward and backward, its own backward pass follows.
     """
-    args, budget, prompt_of = run.args, run.args.tokens_per_microbatch, batch["prompt"].flatten().tolist()
+    args, prompt_of = run.args, batch["prompt"].flatten().tolist()
+    rank, size = rank_and_size()
     lengths = batch["response_mask"].sum(dim=1).tolist()
-    if args.gradient_accumulation_steps:
-        size = args.train_batch_size // args.gradient_accumulation_steps
-        parts = [list(range(i, min(i + size, len(lengths)))) for i in range(0, len(lengths), size)]
-        groups = [([*dict.fromkeys(prompt_of[i] for i in part)], [part]) for part in parts]
-    else:
+
+    def plan(rows):
+        """[(prompts, [the rows of each microbatch of responses to them])]"""
+        if args.gradient_accumulation_steps:
+            n = math.ceil(args.train_batch_size / args.gradient_accumulation_steps / size)
+            return [(sorted({prompt_of[i] for i in part}), [part]) for part in (rows[i:i + n] for i in range(0, len(rows), n))]
         groups = []
-        for some in split_by_tokens(sorted(set(prompt_of)), [len(ids) for ids in prompts], budget):
+        for some in split_by_tokens(sorted({prompt_of[i] for i in rows}), [len(ids) for ids in prompts], args.tokens_per_microbatch):
             chosen = set(some)
-            groups.append((some, split_by_tokens([i for i, p in enumerate(prompt_of) if p in chosen], lengths, budget)))
-    for some, parts in groups:
+            groups.append((some, split_by_tokens([i for i in rows if prompt_of[i] in chosen], lengths, args.tokens_per_microbatch)))
+        return groups
+
+    # A rank has the responses to every N-th prompt. It makes as many passes as the busiest rank, since those fetch its weights: where it has
+    # nothing left to do, with a response of which nothing counts.
+    plans = [plan([i for i, p in enumerate(prompt_of) if p % size == r]) for r in range(size)]
+    for group in range(max(map(len, plans))):
+        groups = [plan[group] if group < len(plan) else (prompt_of[:1], []) for plan in plans]
+        some, parts = groups[rank]
         with autocast(args):
             shared = SharedPrompts(run.model, [prompts[p] for p in some], padding_id(run.tokenizer))
         place = {p: i for i, p in enumerate(some)}
-        for part in parts:
+        for i in range(max(len(parts) for _, parts in groups)):
+            part = parts[i] if i < len(parts) else [parts[0][0] if parts else 0]
             micro = take(batch, torch.tensor(part, device=args.device))
+            if i >= len(parts):
+                micro["response_mask"] = torch.zeros_like(micro["response_mask"])
             numbers = torch.tensor([place[prompt_of[i]] for i in part], device=args.device)
             yield micro | {"context": shared.context(numbers, micro["labels"].shape[1])}
         shared.backward()
 
 
+def train_on(run, batch, prompts, temperature, train_step):
+    """Sends a train batch through the model: train_step(micro, log_probs) computes the loss of a microbatch and its gradient, and returns
+    (loss, metadata). Returns the sums over all microbatches and ranks of loss, entropy (nats) and clipped tokens.
+
+    Where memory runs out it begins again, once in a run, with half the --tokens_per_microbatch.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    try:
+        for micro in microbatches(run, batch, prompts):
+            mask = micro["response_mask"]
+            with autocast(run.args):
+                out = get_response_log_probs(run.model, micro["input_ids"], micro["labels"], True, temperature, mask, **micro["context"])
+            loss, metadata = train_step(micro, out["log_probs"])
+            clipped = metadata["clipped"] & mask if "clipped" in metadata else torch.zeros(())
+            sums += torch.tensor([loss.item() / rank_and_size()[1], masked_normalize(out["token_entropy"], mask, 1.0).item(), clipped.sum().item()])
+        return sum(from_all_ranks(sums)).tolist()
+    except RuntimeError as error:
+        if not out_of_memory(error) or run.halved or run.args.gradient_accumulation_steps or rank_and_size()[1] > 1:
+            raise
+    run.halved = True               # here, not in the except clause: there the exception still holds the failed attempt's tensors
+    run.args.tokens_per_microbatch //= 2
+    print(f"out of memory: from here on with --tokens_per_microbatch {run.args.tokens_per_microbatch}", flush=True)
+    if torch.is_grad_enabled():
+        run.optimizer.zero_grad()
+    return train_on(run, batch, prompts, temperature, train_step)
+
+
+def accumulation_steps(batch, mask):
+    """What makes the losses of microbatches with these masks add up to the mean over the whole batch: B / b. FSDP averages over the ranks."""
+    return len(batch["labels"]) / len(mask) / rank_and_size()[1]
+
+
+MAX_SKIPPED = 5             # updates in a row without a finite gradient that end a run
+
+
 def optimizer_step(run, learning_rate):
     """Clips the accumulated gradient and applies it; a gradient that is not finite is dropped. Returns its norm before clipping."""
-    for parameter in run.model.parameters():
+    reshard(run.model)
+    parameters = run.optimizer.param_groups[0]["params"]
+    for parameter in parameters:
         if parameter.grad is None:          # no response had anything to teach: the gradient is 0, and AdamW's momentum moves on
             parameter.grad = torch.zeros_like(parameter)
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.args.gradient_clip_value).item()
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, run.args.gradient_clip_value)).item()
     run.optimizer.param_groups[0]["lr"] = learning_rate
-    if math.isfinite(grad_norm):
+    run.skipped = 0 if math.isfinite(grad_norm) else run.skipped + 1
+    if not run.skipped:
         run.optimizer.step()
     run.optimizer.zero_grad()
+    if run.skipped == MAX_SKIPPED:
+        raise UserError(f"the gradient of {MAX_SKIPPED} updates in a row was not finite (the last norm: {grad_norm}), so none of them was applied: "
+                        "the weights or the log-probs have overflowed; a lower --learning_rate may help. What was saved before is intact")
     return grad_norm
 
 
@@ -1670,8 +1967,8 @@ def sample_for_training(run, problems, count, n, step):
     args = run.args
     drawn = random.Random(seed_for(args.seed, step, "problems")).sample(problems, count)
     run.sampler.load_weights(run.model)
-    rollouts = run.sampler.generate([p["prompt_ids"] for p in drawn], n, seed_for(args.seed, step, "rollouts"),
-                                    **sampling_settings(run, args.sampling_temperature))
+    rollouts = sample(run.sampler, [p["prompt_ids"] for p in drawn], n, seed_for(args.seed, step, "rollouts"),
+                      **sampling_settings(run, args.sampling_temperature))
     return rollouts, [p for p in drawn for _ in range(n)]
 
 
@@ -1709,29 +2006,69 @@ def finish_step(run, record, checkpoint):
                    "eval_lenient_accuracy": metrics["lenient_accuracy"], "eval_response_length": metrics["response_length"],
                    "eval_truncated_fraction": metrics["truncated_fraction"], "time_evaluation": time.perf_counter() - started}
     log_step(args, record, run.last_step)
-    if step == run.last_step or (lookup(record, ACCURACY) is not None and time.monotonic() > run.next_plot):
+    if rank_and_size()[0] == 0 and (step == run.last_step or (lookup(record, ACCURACY) is not None and time.monotonic() > run.next_plot)):
         plot_runs([args.output_dir], Path(args.output_dir, "curves.png"))
         run.next_plot = time.monotonic() + 60           # drawing takes half a second: not at every validation of a short run
-    if step and args.save_frequency and step % args.save_frequency == 0:
+    stopping = max(from_all_ranks(run.signal)) if step < run.last_step else 0
+    if step and (stopping or (args.save_frequency and step % args.save_frequency == 0)):
         save_checkpoint(Path(args.output_dir, checkpoint), run.model, run.tokenizer, run.optimizer, step)
+        if args.keep_checkpoints and rank_and_size()[0] == 0:
+            for _, path in checkpoints(args.output_dir)[args.keep_checkpoints:]:
+                remove(path)
+    if stopping:
+        print(f"stopped after step {step}, as {signal.Signals(stopping).name} asked for; --resume goes on from there", flush=True)
+        sys.exit(128 + stopping)
     if step and step == run.last_step:
-        save_checkpoint(Path(args.output_dir, "final_model"), run.model, run.tokenizer)
-        first = read_metrics(args.output_dir)[0]
-        print(f"done: accuracy {lookup(first, ACCURACY):.3f} -> {lookup(record, ACCURACY):.3f} on {record['eval_problems']} unseen problems; "
-              f"{args.output_dir}/final_model, curves.png, metrics.jsonl, samples.jsonl")
+        finish_run(run)
+
+
+def finish_run(run):
+    """Saves the final model and says what came out."""
+    folder = run.args.output_dir
+    save_checkpoint(Path(folder, "final_model"), run.model, run.tokenizer)
+    if rank_and_size()[0] == 0:
+        first, *_, last = read_metrics(folder)
+        print(f"done: accuracy {lookup(first, ACCURACY):.3f} -> {lookup(last, ACCURACY):.3f} on {last['eval_problems']} unseen problems; "
+              f"{folder}/final_model, curves.png, metrics.jsonl, samples.jsonl")
+
+
+def stop_on_signals(run):
+    """Ctrl-C and SIGTERM let the current step end and be saved (finish_step); a second one ends the program at once."""
+    def handler(number, frame):
+        if run.signal:
+            os._exit(128 + number)
+        run.signal = number
+        if rank_and_size()[0] == 0:
+            os.write(2, b"align.py: stopping after this step; a second signal stops at once\n")     # print is not safe in a handler
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def start_logging(run, last_step):
-    """Called when every input has been read and found good: opens the output directory, validates the weights before step 1."""
-    run.last_step = last_step
-    open_output_dir(run.args)
-    if run.args.wandb_project:
-        try:
+    """Called when every input has been read and found good: opens the output directory, validates the weights before step 1 and returns
+    the numbers of the steps to do, which in a resumed run are those after its checkpoint."""
+    args, run.last_step = run.args, last_step
+    if args.resume and Path(args.output_dir, "final_model").exists():
+        done = read_metrics(args.output_dir)[-1]["step"]
+        if done >= last_step:
+            print(f"{args.output_dir}: this run is finished")
+            return range(0)
+        if run.step == 0:
+            raise UserError(f"{args.output_dir} is a finished run of {done} steps without a checkpoint that --resume could go on from")
+    if args.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise UserError("--wandb_project needs Weights & Biases: pip install wandb")
+    if rank_and_size()[0] == 0:
+        open_output_dir(args, run.step)
+        if args.wandb_project:
             import wandb
-        except ImportError as error:
-            raise UserError("--wandb_project needs Weights & Biases: pip install wandb") from error
-        wandb.init(project=run.args.wandb_project, config=vars(run.args), dir=run.args.output_dir)
-    finish_step(run, {"step": 0}, checkpoint=None)
+            wandb.init(project=args.wandb_project, config=vars(args), dir=args.output_dir, resume="auto")      # "auto": a run that was cut off
+    stop_on_signals(run)
+    if run.step == 0:
+        finish_step(run, {"step": 0}, checkpoint=None)
+    elif run.step >= last_step:
+        finish_run(run)
+    return range(run.step + 1, last_step + 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1742,16 +2079,14 @@ def start_logging(run, last_step):
 def sft_update(run, examples, learning_rate):
     """One optimizer update on (prompt_ids, response_ids) pairs. Returns the update's metrics; its loss is in nats per token."""
     batch, prompts = make_batch(run, [p for p, _ in examples], [r for _, r in examples])
-    tokens, loss_sum, entropy_sum = int(batch["response_mask"].sum()), 0.0, 0.0
-    for micro in microbatches(run, batch, prompts):
+    tokens = int(batch["response_mask"].sum())
+
+    def train_step(micro, log_probs):
         mask = micro["response_mask"]
-        with autocast(run.args):
-            out = get_response_log_probs(run.model, micro["input_ids"], micro["labels"], True, 1.0, mask, **micro["context"])
-        loss, _ = sft_microbatch_train_step(out["log_probs"], mask, len(examples) / len(mask), normalize_constant=tokens / len(examples))
-        loss_sum += loss.item()
-        entropy_sum += masked_normalize(out["token_entropy"], mask, 1.0).item()
-    grad_norm = optimizer_step(run, learning_rate)
-    return {"loss": loss_sum, "entropy_sum": entropy_sum, "clipped": 0, "tokens": tokens, "grad_norm": grad_norm}
+        return sft_microbatch_train_step(log_probs, mask, accumulation_steps(batch, mask), normalize_constant=tokens / len(examples))
+
+    loss, entropy_sum, _ = train_on(run, batch, prompts, 1.0, train_step)
+    return {"loss": loss, "entropy_sum": entropy_sum, "clipped": 0, "tokens": tokens, "grad_norm": optimizer_step(run, learning_rate)}
 
 
 def train_sft(args):
@@ -1769,9 +2104,8 @@ def train_sft(args):
     if not examples:
         raise UserError(f"{args.sft_data}: every trace is longer than --max_length {args.max_length} tokens")
     per_epoch = math.ceil(len(examples) / args.train_batch_size)
-    start_logging(run, args.sft_epochs * per_epoch)
 
-    for step in range(1, run.last_step + 1):
+    for step in start_logging(run, args.sft_epochs * per_epoch):
         started = time.perf_counter()
         epoch, i = divmod(step - 1, per_epoch)
         shuffled = random.Random(seed_for(args.seed, epoch, "order of traces")).sample(examples, len(examples))
@@ -1792,9 +2126,8 @@ def train_expert_iteration(args):
     """The handout's Algorithm 2. Fine-tuning on correct samples alone is a policy gradient with reward 0 or 1 and no baseline."""
     run = start_training(args)
     problems = load_sampling_problems(run, args.train_data, at_least=args.ei_batch_size)
-    start_logging(run, args.n_ei_steps)
 
-    for step in range(1, run.last_step + 1):
+    for step in start_logging(run, args.n_ei_steps):
         started = time.perf_counter()
         rollouts, repeated = sample_for_training(run, problems, args.ei_batch_size, args.num_rollouts, step)
         gap = check_sampler(run, rollouts, args.sampling_temperature)
@@ -1831,30 +2164,29 @@ def train_expert_iteration(args):
 def grpo_update(run, batch, prompts, learning_rate):
     """One optimizer update on a train batch: make_batch's with "sampler_log_probs" and, off-policy, "old_log_probs", each (B, T), and
     "raw_rewards" and "advantages" (B, 1). Returns the update's metrics. Raises UserError, before the update, for a stale sampler."""
-    args, loss_sum, entropy_sum, clipped, gaps = run.args, 0.0, 0.0, 0.0, []
+    args, gaps = run.args, []
+
+    def train_step(micro, log_probs):
+        mask = micro["response_mask"]
+        old_log_probs = micro.get("old_log_probs", log_probs.detach())              # on-policy the old policy is this one
+        gaps.append(logprob_gap(old_log_probs, micro["sampler_log_probs"], mask, args.sampling_min_tokens))
+        if not torch.is_grad_enabled():
+            return torch.zeros(()), {}
+        return grpo_microbatch_train_step(
+            log_probs, mask, accumulation_steps(batch, mask), args.loss_type, micro["raw_rewards"], micro["advantages"], old_log_probs,
+            args.cliprange, args.sampling_max_tokens if args.length_normalization == "masked_normalize" else None,
+            importance_weights(old_log_probs, micro["sampler_log_probs"], args.is_correction) if args.is_correction else None)
+
     # A response of weight 0 has gradient 0: it goes forward, for the metrics, but not backward.
     teaches = (batch["raw_rewards" if args.loss_type == "no_baseline" else "advantages"] != 0).flatten()
-    for rows in (teaches.nonzero().flatten(), (~teaches).nonzero().flatten()):
-        if not len(rows):
-            continue
-        backward = bool(teaches[rows[0]])
-        with torch.set_grad_enabled(backward):
-            for micro in microbatches(run, take(batch, rows), prompts):
-                mask = micro["response_mask"]
-                with autocast(args):
-                    out = get_response_log_probs(run.model, micro["input_ids"], micro["labels"], True, args.sampling_temperature, mask, **micro["context"])
-                old_log_probs = micro.get("old_log_probs", out["log_probs"].detach())       # on-policy the old policy is this one
-                gaps.append(logprob_gap(old_log_probs, micro["sampler_log_probs"], mask, args.sampling_min_tokens))
-                entropy_sum += masked_normalize(out["token_entropy"], mask, 1.0).item()
-                if backward:
-                    loss, metadata = grpo_microbatch_train_step(
-                        out["log_probs"], mask, len(batch["labels"]) / len(mask), args.loss_type, micro["raw_rewards"], micro["advantages"],
-                        old_log_probs, args.cliprange, args.sampling_max_tokens if args.length_normalization == "masked_normalize" else None,
-                        importance_weights(old_log_probs, micro["sampler_log_probs"], args.is_correction) if args.is_correction else None)
-                    loss_sum += loss.item()
-                    clipped += masked_normalize(metadata.get("clipped", torch.zeros_like(mask)).float(), mask, 1.0).item()
-    gap = check_gap(args, torch.cat(gaps))
-    return {"loss": loss_sum, "entropy_sum": entropy_sum, "clipped": clipped, "tokens": int(batch["response_mask"].sum()), "gap": gap,
+    sums = torch.zeros(3)
+    for rows, backward in ((teaches.nonzero().flatten(), True), ((~teaches).nonzero().flatten(), False)):
+        if len(rows):
+            with torch.set_grad_enabled(backward):
+                sums += torch.tensor(train_on(run, take(batch, rows), prompts, args.sampling_temperature, train_step))
+    loss, entropy_sum, clipped = sums.tolist()
+    gap = check_gap(args, torch.cat(from_all_ranks(torch.cat(gaps).cpu())))
+    return {"loss": loss, "entropy_sum": entropy_sum, "clipped": clipped, "tokens": int(batch["response_mask"].sum()), "gap": gap,
             "grad_norm": optimizer_step(run, learning_rate)}
 
 
@@ -1864,9 +2196,8 @@ def train_grpo(args):
     prompts_per_step = args.rollout_batch_size // args.group_size
     problems = load_sampling_problems(run, args.train_data, at_least=prompts_per_step)
     off_policy = args.epochs_per_rollout_batch * (args.rollout_batch_size // args.train_batch_size) > 1
-    start_logging(run, args.n_grpo_steps)
 
-    for step in range(1, run.last_step + 1):
+    for step in start_logging(run, args.n_grpo_steps):
         started = time.perf_counter()
         rollouts, repeated = sample_for_training(run, problems, prompts_per_step, args.group_size, step)
         sampled = time.perf_counter()
@@ -1881,11 +2212,14 @@ def train_grpo(args):
                   "advantages": advantages[:, None].to(args.device), "sampler_log_probs": place_log_probs(rollouts, batch["response_mask"])}
         if off_policy:          # π_old is the policy before the first update: its log-probs are computed once, for the whole rollout batch
             old_log_probs = torch.zeros(batch["labels"].shape, device=args.device)
-            with torch.no_grad(), autocast(args):
-                for micro in microbatches(run, batch, prompts):
-                    out = get_response_log_probs(run.model, micro["input_ids"], micro["labels"], False, args.sampling_temperature,
-                                                 micro["response_mask"], **micro["context"])
-                    old_log_probs[micro["row"].flatten(), :micro["labels"].shape[1]] = out["log_probs"]
+
+            def keep(micro, log_probs, old_log_probs=old_log_probs):
+                rows, positions = micro["response_mask"].nonzero(as_tuple=True)
+                old_log_probs[micro["row"].flatten()[rows], positions] = log_probs[rows, positions]
+                return torch.zeros(()), {}
+
+            with torch.no_grad():
+                train_on(run, batch, prompts, args.sampling_temperature, keep)
             batch["old_log_probs"] = old_log_probs
 
         learning_rate, updates = learning_rate_at(args, step, run.last_step), []
@@ -1914,14 +2248,17 @@ def run_eval(args):
     if args.question is not None:
         run.sampler.load_weights(run.model)
         prompt_ids = run.tokenizer(format_prompt(args.prompt, args.question))["input_ids"]
-        for rollout in run.sampler.generate([prompt_ids], args.eval_samples, seed_for(args.seed, 0, "question"),
-                                            **sampling_settings(run, args.eval_temperature)):
+        for rollout in sample(run.sampler, [prompt_ids], args.eval_samples, seed_for(args.seed, 0, "question"),
+                              **sampling_settings(run, args.eval_temperature)):
             print(rollout.text.strip())
         return
     problems = load_val_problems(run)
-    open_output_dir(args)
+    if rank_and_size()[0] == 0:
+        open_output_dir(args)
     summary = {"model": args.model, "prompt": args.prompt, "temperature": args.eval_temperature, "seed": args.seed}
     summary |= evaluate_run(run, problems, args.eval_samples, 0)
+    if rank_and_size()[0] > 0:
+        return
     Path(args.output_dir, "baseline_results_summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     counts = summary["categories"]
     print(f"accuracy {summary['accuracy']:.3f} ±{summary['accuracy_stderr']:.3f} (n={summary['problems']}), right answer in any format "
@@ -1935,6 +2272,7 @@ def run_eval(args):
 def main(argv=None):
     """Runs the command line. A user's mistake ends in one sentence and exit code 2."""
     with one_sentence("align.py"):
+        join_ranks()
         args = parse_args(argv)
         if args.plot:
             plot_runs(args.plot, "compare.png")

@@ -481,7 +481,7 @@ def fake_run(model, **args):
                     cliprange=0.2, sampling_temperature=0.7, sampling_min_tokens=0, sampling_max_tokens=9, length_normalization="masked_mean",
                     is_correction=0.0, gradient_clip_value=1e9)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    return types.SimpleNamespace(args=types.SimpleNamespace(**defaults | args), model=model, tokenizer=word_tokenizer("a"), optimizer=optimizer)
+    return align.Run(types.SimpleNamespace(**defaults | args), model, word_tokenizer("a"), None, None, None, optimizer)
 
 
 @pytest.mark.parametrize("splitting", [dict(tokens_per_microbatch=1), dict(tokens_per_microbatch=40), dict(tokens_per_microbatch=10**6),
@@ -557,9 +557,9 @@ def test_grouped_attention_samples_what_plain_attention_samples():
     for attention in ("sdpa", "grouped_sdpa"):
         model = random_model(vocab_size=23, num_key_value_heads=1)
         model.config._attn_implementation = attention
-        sampler = align.TorchSampler(word_tokenizer(*[chr(97 + i) for i in range(22)]), 64, contextlib.nullcontext)
+        sampler = align.TorchSampler(word_tokenizer(*[chr(97 + i) for i in range(22)]), 64, "float32")
         sampler.load_weights(model)
-        samples.append(sampler.generate([[1, 2, 3], [4], [5, 6]], 4, 0, 1.0, 20, 0, None))
+        samples.append(sampler.generate([[1, 2, 3], [4], [5, 6]], 4, [7, 8, 9], 1.0, 20, 0, None))
     assert [r.response_ids for r in samples[0]] == [r.response_ids for r in samples[1]]
     assert all(torch.allclose(torch.tensor(a.log_probs), torch.tensor(b.log_probs), atol=1e-5) for a, b in zip(*samples))
 
@@ -748,9 +748,9 @@ def test_the_average_estimator_is_the_gradient_of_the_expected_reward():
 
 
 def sample(model, tokenizer, prompt_ids, n=1, temperature=1.0, max_tokens=6, min_tokens=0, stop=None, seed=0, batch_size=512):
-    sampler = align.TorchSampler(tokenizer, batch_size, lambda: align.contextlib.nullcontext())
+    sampler = align.TorchSampler(tokenizer, batch_size, "float32")
     sampler.load_weights(model)
-    return sampler.generate(prompt_ids, n, seed, temperature, max_tokens, min_tokens, stop)
+    return align.sample(sampler, prompt_ids, n, seed, temperature=temperature, max_tokens=max_tokens, min_tokens=min_tokens, stop=stop)
 
 
 def test_sampled_frequencies_and_log_probs_are_those_of_the_model():
@@ -877,7 +877,7 @@ def test_vllm_and_torch_agree_token_for_token_when_greedy(vllm_sampler, base):
     prompts = prompts_of(tokenizer, 32)
     settings = dict(temperature=0, max_tokens=60, min_tokens=4, stop="</answer>")
     ours = sample(model, tokenizer, prompts, **settings)
-    theirs = vllm_sampler.generate(prompts, 1, 0, **settings)
+    theirs = align.sample(vllm_sampler, prompts, 1, 0, **settings)
     assert [(r.response_ids, r.text, r.finish_reason) for r in ours] == [(r.response_ids, r.text, r.finish_reason) for r in theirs]
 
 
@@ -887,7 +887,7 @@ def test_vllm_samples_with_the_models_frequencies_and_one_seed_per_response(vllm
     vllm_sampler.load_weights(model)
     [prompt] = prompts_of(tokenizer, 1)
     settings = dict(temperature=1.3, max_tokens=3, min_tokens=0, stop=None)
-    rollouts = vllm_sampler.generate([prompt], 4000, 5, **settings)
+    rollouts = align.sample(vllm_sampler, [prompt], 4000, 5, **settings)
     counts = collections.Counter(tuple(r.response_ids) for r in rollouts)
     for ids, count in counts.most_common(12):
         batch = align.batch_token_ids([prompt], [list(ids)], 0)
@@ -895,16 +895,16 @@ def test_vllm_samples_with_the_models_frequencies_and_one_seed_per_response(vllm
         p = math.exp(log_probs.sum().item())
         assert abs(count / 4000 - p) < 5 * math.sqrt(p * (1 - p) / 4000)
         assert next(r.log_probs for r in rollouts if tuple(r.response_ids) == ids) == pytest.approx(log_probs.tolist(), abs=1e-3)
-    again = vllm_sampler.generate([prompt], 4000, 5, **settings)
+    again = align.sample(vllm_sampler, [prompt], 4000, 5, **settings)
     assert [r.response_ids for r in again] == [r.response_ids for r in rollouts]
-    assert [r.response_ids for r in vllm_sampler.generate([prompt], 50, 6, **settings)] != [r.response_ids for r in rollouts[:50]]
+    assert [r.response_ids for r in align.sample(vllm_sampler, [prompt], 50, 6, **settings)] != [r.response_ids for r in rollouts[:50]]
 
 
 @needs_vllm
 def test_vllm_keeps_the_stop_string_and_the_token_bounds(vllm_sampler, base):
     model, tokenizer = base
     vllm_sampler.load_weights(model)
-    rollouts = vllm_sampler.generate(prompts_of(tokenizer), 16, 0, temperature=1.0, max_tokens=40, min_tokens=20, stop="</answer>")
+    rollouts = align.sample(vllm_sampler, prompts_of(tokenizer), 16, 0, temperature=1.0, max_tokens=40, min_tokens=20, stop="</answer>")
     stopped = [r for r in rollouts if r.finish_reason == "stop" and r.response_ids[-1] != tokenizer.eos_token_id]
     assert len(stopped) > 10 and all(r.text.endswith("</answer>") for r in stopped)
     assert min(len(r.response_ids) for r in rollouts) >= 20 and max(len(r.response_ids) for r in rollouts) == 40
@@ -918,11 +918,11 @@ def test_vllm_has_the_trainers_weights_after_each_hand_over_and_stale_ones_are_n
     args = align.parse_args(["--algo", "grpo", "--preset", "tiny"])
     for update in range(10):
         moved = perturbed(model, 0.2, update)
-        stale = vllm_sampler.generate(prompts, 4, update, **settings)
+        stale = align.sample(vllm_sampler, prompts, 4, update, **settings)
         with pytest.raises(align.UserError, match="stale or wrong weights"):
             align.check_gap(args, gaps_of(moved, stale, 4))
         vllm_sampler.load_weights(moved)
-        assert align.check_gap(args, gaps_of(moved, vllm_sampler.generate(prompts, 4, update, **settings), 4))["logprob_gap_max"] < 1e-3
+        assert align.check_gap(args, gaps_of(moved, align.sample(vllm_sampler, prompts, 4, update, **settings), 4))["logprob_gap_max"] < 1e-3
 
 
 @needs_vllm
@@ -967,7 +967,7 @@ def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_answer():
 
 def test_evaluation_counts_agree_with_the_rollouts(base):
     model, tokenizer = base
-    sampler = align.TorchSampler(tokenizer, 512, lambda: align.contextlib.nullcontext())
+    sampler = align.TorchSampler(tokenizer, 512, "float32")
     sampler.load_weights(model)
     problems = [{"problem": q, "answer": str(eval(q[8:-1])), "prompt_ids": tokenizer(align.format_prompt("tiny", q))["input_ids"]}
                 for q in (f"What is {a}+5-3+{a}-2?" for a in range(1, 10))]
@@ -1507,7 +1507,7 @@ def test_real_prompt_in_qwens_vocabulary():
     assert ids == theirs.encode(prompt) + theirs.encode(response) and int(mask.sum()) == len(theirs.encode(response))
     assert theirs.encode(prompt)[-3:] == theirs.encode(" <think>") == [366, 26865, 29]        # " <", "think", ">"
     assert theirs.encode(" 36")[1:] == [18, 21]                     # a digit is a token: 0 is 15, 9 is 24
-    sampler = align.TorchSampler(tokenizer, 8, contextlib.nullcontext)
+    sampler = align.TorchSampler(tokenizer, 8, "float32")
     ends = [i for i, s in enumerate(sampler.token_strings) if s and ">" in s]
     assert theirs.encode("</answer>")[-1] in ends and len(ends) > 100       # the stop string ends in many a token: ">", ">\n", ">."…
 
@@ -1611,13 +1611,13 @@ def test_bench_sampling(dtype, capsys):
     prompt_ids, args = tokenizer(prompts)["input_ids"], types.SimpleNamespace(device="cpu", dtype=dtype, model=SMOLLM2, seed=0, vllm_sleep=False,
                                                                               gpu_memory_utilization=0.3)
     sampling = dict(n=8, seed=0, temperature=1.0, max_tokens=128, min_tokens=128, stop=None)
-    samplers = {"align.py": align.TorchSampler(tokenizer, 512, lambda: align.autocast(args))}
+    samplers = {"align.py": align.TorchSampler(tokenizer, 512, args.dtype)}
     if importlib.util.find_spec("vllm"):
         samplers["vLLM"] = align.VLLMSampler(args, tokenizer)
     works = {}
     for name, sampler in samplers.items():
         sampler.load_weights(model)
-        works[name] = lambda sampler=sampler: sampler.generate(prompt_ids, **sampling)
+        works[name] = lambda sampler=sampler: align.sample(sampler, prompt_ids, **sampling)
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     works["model.generate"] = lambda: plain.generate(**inputs, do_sample=True, top_k=0, top_p=1.0, num_return_sequences=8, min_new_tokens=128, max_new_tokens=128)
     speeds = {name: [] for name in works}
