@@ -83,8 +83,8 @@ def fail(program, message, code):
     if int(os.environ.get("RANK", 0)) > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)       # which torchrun sends as soon as a rank has ended
         time.sleep(2)
-    print(f"{program}: {message}", file=sys.stderr)
-    sys.exit(code)
+    print(f"{program}: {message}", file=sys.stderr, flush=True)
+    sys.exit(code) if rank_and_size()[1] == 1 else os._exit(code)       # at once: the others may wait for this one for ever
 
 
 def out_of_memory(error):
@@ -95,10 +95,13 @@ def out_of_memory(error):
 @contextlib.contextmanager
 def one_sentence(program):
     """What goes wrong inside and is not the program's own fault ends it with one sentence on stderr and an exit code."""
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]       # stop_on_signals changes them
     try:
         yield
-    except (UserError, OSError) as error:       # OSError: no space, no permission, a folder that vanished
+    except UserError as error:
         fail(program, error, 2)
+    except OSError as error:                    # no space, no permission, a folder that vanished
+        fail(program, f"{error}; what was saved before is intact", 2)
     except RuntimeError as error:
         if out_of_memory(error):
             fail(program, "out of memory; --tokens_per_microbatch bounds training, --sampler_batch_size and --gpu_memory_utilization bound sampling; "
@@ -107,8 +110,10 @@ def one_sentence(program):
             raise
         fail(program, f"another rank is gone ({reason(error)}); what was saved before is intact", 1)
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; what was saved before is intact", file=sys.stderr)
-        sys.exit(130)
+        fail(program, "interrupted; what was saved before is intact", 130)
+    finally:
+        for handler in handlers:
+            signal.signal(*handler)
 
 
 def use_hub_or_cache():
@@ -138,6 +143,15 @@ def join_ranks():
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if torch.distributed.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")
+
+
+def leave_ranks(code=0):
+    """Ends this process, if it is one of several, once all of them are here. At once: the threads of a process group crash the usual end."""
+    if rank_and_size()[1] > 1:
+        from_all_ranks(None)
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def from_all_ranks(value):
@@ -2017,6 +2031,7 @@ def finish_step(run, record, checkpoint):
                 remove(path)
     if stopping:
         print(f"stopped after step {step}, as {signal.Signals(stopping).name} asked for; --resume goes on from there", flush=True)
+        leave_ranks(128 + stopping)
         sys.exit(128 + stopping)
     if step and step == run.last_step:
         finish_run(run)
@@ -2279,6 +2294,7 @@ def main(argv=None):
             print("compare.png")
         else:
             {"eval": run_eval, "sft": train_sft, "ei": train_expert_iteration, "grpo": train_grpo}[args.algo](args)
+        leave_ranks()
 
 
 if __name__ == "__main__":

@@ -15,9 +15,11 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import resource
+import shutil
 import signal
 import statistics
 import subprocess
@@ -29,6 +31,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import safetensors.torch
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -1040,6 +1043,313 @@ def test_a_gradient_that_is_not_finite_is_dropped_and_counted():
     assert not math.isfinite(grad_norm) and all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     update = {"loss": 1.0, "entropy_sum": 0.0, "clipped": 0, "tokens": 5, "grad_norm": grad_norm}
     assert align.update_metrics([update, update | {"grad_norm": 2.0, "tokens": 15, "entropy_sum": 40.0}])["skipped_updates"] == 1
+
+
+def test_a_run_whose_gradients_stay_infinite_stops_with_the_reason_and_never_applies_one():
+    args = align.parse_args(["--algo", "sft", "--preset", "tiny"])
+    model = random_model(4)
+    run = align.Run(args, model, None, None, None, None, torch.optim.AdamW(model.parameters()))
+    before = [p.clone() for p in model.parameters()]
+
+    def update(factor):
+        (sum(p.sum() for p in model.parameters()) * factor).backward()
+        align.optimizer_step(run, 0.0)
+
+    for factor in [math.nan] * 4 + [1.0] + [math.inf] * 4:      # four in a row are not five
+        update(factor)
+    with pytest.raises(align.UserError, match="5 updates in a row was not finite .* none of them was applied"):
+        update(math.nan)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def test_out_of_memory_halves_the_token_budget_once_and_makes_the_same_update(monkeypatch, capsys):
+    rng, results = random.Random(0), []
+    examples = [([1, 2, i % 3 + 3], [rng.randrange(1, 23) for _ in range(rng.randint(1, 9))]) for i in range(12)]
+    real = align.get_response_log_probs
+
+    def with_less_memory(model, input_ids, *rest, **context):
+        if input_ids.numel() > limit:
+            torch.empty(1 << 60)            # the allocator's own error
+        return real(model, input_ids, *rest, **context)
+
+    monkeypatch.setattr(align, "get_response_log_probs", with_less_memory)
+    for limit in (10**9, 20, 5):
+        run = fake_run(random_model(vocab_size=23), tokens_per_microbatch=40)
+        if limit == 5:
+            with pytest.raises(RuntimeError, match="can't allocate memory"):
+                align.sft_update(run, examples, 1.0)
+        else:
+            align.sft_update(run, examples, 1.0)
+            results.append(torch.cat([p.detach().flatten() for p in run.model.parameters()]))
+        assert run.args.tokens_per_microbatch == (40 if limit > 40 else 20)
+    assert capsys.readouterr().out == "out of memory: from here on with --tokens_per_microbatch 20\n" * 2
+    assert close(results[0], results[1])
+    with pytest.raises(SystemExit) as exit, align.one_sentence("align.py"):
+        torch.empty(1 << 60)
+    assert exit.value.code == 2 and "align.py: out of memory; --tokens_per_microbatch" in capsys.readouterr().err
+
+
+def test_the_newest_checkpoint_that_is_as_it_was_written_is_found(tmp_path, capsys):
+    model, tokenizer = random_model(4), word_tokenizer("a", "b", "c")
+    optimizer = torch.optim.AdamW(model.parameters())
+    assert align.newest_checkpoint(tmp_path) == (0, None)
+    for step in (2, 9, 10, 11, 12):
+        align.save_checkpoint(tmp_path / f"checkpoint_step_{step}", model, tokenizer, optimizer, step)
+    assert align.newest_checkpoint(tmp_path) == (12, tmp_path / "checkpoint_step_12")
+    with open(tmp_path / "checkpoint_step_12/model.safetensors", "r+b") as file:
+        file.seek(300)
+        file.write(b"!")                    # one byte
+    (tmp_path / "checkpoint_step_11/trainer_state.pt").unlink()
+    (tmp_path / "checkpoint_step_10/SHA256SUMS").write_text("")
+    (tmp_path / "checkpoint_step_13.partial").mkdir()
+    assert align.newest_checkpoint(tmp_path) == (9, tmp_path / "checkpoint_step_9")
+    said = capsys.readouterr().out
+    assert all(f"checkpoint_step_{step} is incomplete or damaged: passed over" in said for step in (12, 11, 10)) and "13" not in said
+    subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=tmp_path / "checkpoint_step_9", check=True)
+
+
+def test_records_of_later_steps_and_half_a_line_are_cut_off(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "x": "é"}) + "\n" for step in (0, 1, 1, 2, 3)]
+    for end in ("", '{"step": 2, "x": "', '{"step": 2}garbage\n', "\n"):
+        path.write_text("".join(lines[:4]) + end)
+        align.cut_back(path, 2)
+        assert path.read_text() == "".join(lines[:4])
+    align.cut_back(path, 1)
+    assert path.read_text() == "".join(lines[:3])
+    align.cut_back(path, -1)
+    assert path.read_text() == "" and align.cut_back(tmp_path / "none.jsonl", 3) is None
+
+
+# Kills a run at a random moment, again and again, and resumes it. One process imports align.py and forks for every run, which saves the import.
+KILLER = """
+import hashlib, json, os, random, shutil, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import align
+folder, kills, seed, argv = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
+
+def start(out):
+    sys.stdout.flush()
+    if (pid := os.fork()) == 0:
+        os.dup2(os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+        os.dup2(1, 2)
+        try:
+            align.main([*argv, "--output_dir", str(out), "--resume"])
+        except SystemExit as error:
+            os._exit(error.code or 0)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+        os._exit(0)
+    return pid
+
+def end(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def content(out):
+    records = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    weights = hashlib.sha256((out / "final_model/model.safetensors").read_bytes()).hexdigest()
+    samples = hashlib.sha256((out / "samples.jsonl").read_bytes()).hexdigest()
+    return weights, samples, [{{k: v for k, v in r.items() if not k.startswith("time") and k != "tokens_per_second"}} for r in records]
+
+started = time.monotonic()
+assert end(start(folder / "whole")) == 0
+seconds, whole, rng, found = time.monotonic() - started, content(folder / "whole"), random.Random(seed), []
+for kill in range(kills):
+    out = folder / f"killed{{kill}}"
+    pid = start(out)
+    time.sleep(rng.uniform(0.05, 0.95) * seconds)
+    os.kill(pid, signal.SIGKILL)
+    killed = end(pid) == -signal.SIGKILL
+    writing = len(list(out.glob("*.partial")))
+    steps = len(list(out.glob("checkpoint*[0-9]")))
+    found.append([killed, writing, steps, end(start(out)), content(out) == whole, len(list(out.glob("*.partial")))])
+    shutil.rmtree(out)
+
+out = folder / "stopped"                # SIGTERM once: the step is finished and saved; twice: the end
+pid = start(out)
+while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 3:
+    time.sleep(0.01)
+os.kill(pid, signal.SIGTERM)
+stopped = [end(pid), len(list(out.glob("checkpoint*"))), (out / "final_model").exists()]
+stopped += [end(start(out)), content(out) == whole]
+out = folder / "twice"
+pid = start(out)
+while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 2:
+    time.sleep(0.01)
+os.kill(pid, signal.SIGINT)
+time.sleep(0.02)
+os.kill(pid, signal.SIGINT)
+started = time.monotonic()
+stopped += [end(pid), time.monotonic() - started < 1]
+print(json.dumps({{"seconds": seconds, "found": found, "stopped": stopped}}))
+"""
+KILLS = int(os.environ.get("KILLS", 1))         # KILLS=20 pytest test_align.py -k kill -s
+
+
+@pytest.mark.parametrize("algo, save, flags", [
+    ("grpo", 1, ["--n_grpo_steps", 5, "--rollout_batch_size", 32, "--train_batch_size", 16, "--loss_type", "grpo_clip", "--validation_frequency", 2]),
+    ("sft", 2, ["--sft_epochs", 3, "--n_sft_examples", 48, "--train_batch_size", 16, "--validation_frequency", 5]),
+    ("ei", 1, ["--n_ei_steps", 4, "--ei_batch_size", 8, "--validation_frequency", 2])])
+def test_run_killed_at_any_moment_and_resumed_is_the_uninterrupted_run_bit_for_bit(embedded, tmp_path, algo, save, flags, capsys):
+    argv = ["--algo", algo, "--preset", "tiny", "--validation_size", 16, "--save_frequency", save, "--keep_checkpoints", 2, *flags]
+    done = subprocess.run([sys.executable, "-c", KILLER.format(root=str(ROOT)), tmp_path, str(KILLS), str(os.getpid()), *map(str, argv)], cwd=ROOT,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    log = (tmp_path / "log").read_text()
+    assert done.returncode == 0, done.stderr + log[-3000:]
+    result = json.loads(done.stdout)
+    with capsys.disabled():
+        print(f"\n{algo}, {result['seconds']:.1f} s: {sum(f[3] == 0 and f[4] for f in result['found'])} of {KILLS} runs identical after kill -9, "
+              f"{sum(f[0] for f in result['found'])} killed before their end, {sum(f[1] > 0 for f in result['found'])} while a file was being written, "
+              f"with {sorted(f[2] for f in result['found'])} checkpoints")
+    assert all(code == 0 and same and left == 0 for _, _, _, code, same, left in result["found"]), log[-3000:]
+    code, saved, finished, resumed, same, twice, at_once = result["stopped"]
+    assert code == 128 + signal.SIGTERM and saved and not finished and resumed == 0 and same, log[-3000:]
+    assert twice == 128 + signal.SIGINT and at_once
+
+
+def test_run_on_a_full_disk_ends_in_one_sentence_and_can_be_resumed(embedded, tmp_path):
+    argv = ["--algo", "grpo", "--preset", "tiny", "--n_grpo_steps", 6, "--rollout_batch_size", 16, "--train_batch_size", 16, "--validation_size", 8,
+            "--validation_frequency", 0, "--save_frequency", 1]
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=25m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        done = align_command(*argv, "--output_dir", disk / "out", code=2)
+        assert re.search(r"cannot be written \(\d+ MB free on its disk\).*what was saved before is intact", done.stderr) and "Traceback" not in done.stderr
+        step, path = align.newest_checkpoint(disk / "out")
+        assert step >= 1
+        AutoModelForCausalLM.from_pretrained(path)
+        shutil.copytree(disk / "out", tmp_path / "out")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    align_command("--algo", "grpo", "--resume", "--output_dir", tmp_path / "out")
+    align_command(*argv, "--output_dir", tmp_path / "whole")
+    assert without_times(metrics_of(tmp_path / "out")) == without_times(metrics_of(tmp_path / "whole"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Many GPUs: here, processes on the CPU that speak through gloo
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def torchrun(n, *argv, code=0, env=None):
+    """Runs a script on n ranks; checks the exit code and returns the process."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), *map(str, argv)], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | (env or {}), timeout=300)
+    assert (done.returncode != 0) if code is None else done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+UPDATES = """
+import sys
+sys.path.insert(0, {root!r})
+import pickle, random, torch, align, test_align
+align.join_ranks()
+rng, results = random.Random(0), []
+prompts = [[rng.randrange(1, 23) for _ in range(length)] for length in (2, 5, 3, 8, 4)]
+prompt_ids = [prompts[min(i // 3, 4)] for i in range(16)]           # the last one has four
+response_ids = [[rng.randrange(1, 23) for _ in range(rng.randint(1, 9))] for _ in range(16)]
+advantages = torch.tensor([0.5, 0, -1, 2] * 4)[:, None]
+advantages[3:9] = 0
+for flags in (dict(), dict(tokens_per_microbatch=1), dict(gradient_accumulation_steps=4, train_batch_size=16), dict(tokens_per_microbatch=10**6), dict(few=True)):
+    model = test_align.random_model(vocab_size=23, num_key_value_heads=1)
+    few = flags.pop("few", False)           # fewer prompts than ranks
+    rows = slice(0, 2) if few else slice(None)
+    if align.rank_and_size()[1] > 1:
+        align.shard(model, "float32")
+    run = test_align.fake_run(model, **flags)
+    for update in (align.grpo_update, align.sft_update):
+        batch, distinct = align.make_batch(run, prompt_ids[rows], response_ids[rows])
+        batch |= dict(raw_rewards=advantages[rows], advantages=advantages[rows], row=torch.arange(len(batch["labels"]))[:, None],
+                      sampler_log_probs=torch.zeros(batch["labels"].shape))
+        old = torch.zeros(batch["labels"].shape)
+        align.check_gap = lambda args, gaps: dict(count=len(gaps), total=float(gaps.sum()))
+        args = (batch, distinct) if update is align.grpo_update else (list(zip(prompt_ids[rows], response_ids[rows])),)
+        metrics = update(run, *args, 1.0)
+        weights = {{name: align.whole(p.detach()).clone() for name, p in model.named_parameters()}}
+        results.append((metrics | metrics.pop("gap", {{}}), weights))
+if align.rank_and_size()[0] == 0:
+    pickle.dump(results, open(sys.argv[1], "wb"))
+align.leave_ranks()
+"""
+
+
+def test_ranks_make_the_update_of_one_process_together(tmp_path):
+    script = tmp_path / "updates.py"
+    script.write_text(UPDATES.format(root=str(ROOT)))
+    results = {}
+    for n in (1, 2, 4):
+        torchrun(n, script, tmp_path / "results") if n > 1 else subprocess.run([sys.executable, script, tmp_path / "results"], check=True)
+        results[n] = pickle.load(open(tmp_path / "results", "rb"))
+    before = dict(random_model(vocab_size=23, num_key_value_heads=1).named_parameters())
+    for n in (2, 4):
+        assert len(results[n]) == 10
+        for i, ((metrics, weights), (one_metrics, one_weights)) in enumerate(zip(results[n], results[1], strict=True)):
+            moved, one_moved = (torch.cat([(w[name] - before[name]).flatten() for name in before]) for w in (weights, one_weights))
+            assert one_moved.norm() > 0.1 and (moved - one_moved).norm() < 1e-5 * one_moved.norm(), (n, i)
+            assert metrics == pytest.approx(one_metrics, rel=1e-5, abs=1e-6)
+
+
+GRPO_ON_RANKS = ["--algo", "grpo", "--preset", "tiny", "--n_grpo_steps", 4, "--rollout_batch_size", 128, "--train_batch_size", 64, "--loss_type", "grpo_clip",
+                 "--validation_size", 50, "--validation_frequency", 2, "--save_frequency", 1]
+
+
+def test_run_does_not_depend_on_the_number_of_ranks_and_is_resumed_with_another(embedded, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    align.main([*map(str, GRPO_ON_RANKS), "--output_dir", str(tmp_path / "one")])
+    done = torchrun(2, "align.py", *GRPO_ON_RANKS, "--output_dir", tmp_path / "two")
+    assert done.stdout.count("done: accuracy") == 1 and done.stdout.count("step    1/4") == 1           # rank 0 alone speaks
+    for step in (3, 4):                 # what a run that was killed in step 3 leaves
+        shutil.rmtree(tmp_path / f"two/checkpoint_step_{step}")
+    shutil.rmtree(tmp_path / "two/final_model")
+    shutil.copytree(tmp_path / "two", tmp_path / "three")
+    torchrun(3, "align.py", "--algo", "grpo", "--resume", "--output_dir", tmp_path / "three")
+    align.main(["--algo", "grpo", "--resume", "--output_dir", str(tmp_path / "two")])
+    start = AutoModelForCausalLM.from_pretrained(embedded / "base_model")
+    weights = {name: torch.cat([(p - q).detach().flatten() for p, q in zip(AutoModelForCausalLM.from_pretrained(tmp_path / name / "final_model").parameters(),
+                                                                            start.parameters())]) for name in ("one", "two", "three")}
+    samples = {name: [json.loads(line)["response"] for line in open(tmp_path / name / "samples.jsonl")] for name in weights}
+    for name in ("two", "three"):
+        assert samples[name] == samples["one"] and (weights[name] - weights["one"]).norm() < 1e-3 * weights["one"].norm()
+        assert [r["step"] for r in metrics_of(tmp_path / name)] == [0, 1, 2, 3, 4]
+        for record, expected in zip(metrics_of(tmp_path / name), metrics_of(tmp_path / "one")):
+            assert all(record[k] == pytest.approx(expected[k], rel=1e-3, abs=1e-4) for k in expected if "time" not in k and k not in ("tokens_per_second",))
+    config = json.loads((tmp_path / "three/final_model/config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    names = [set(safetensors.torch.load_file(tmp_path / name / "final_model/model.safetensors")) for name in ("one", "three")]
+    assert names[0] == names[1]
+
+
+def test_run_of_several_ranks_dies_as_a_whole_with_one_message_when_one_is_killed(embedded, tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(f"""if True:
+        import os, signal, sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import align
+        real = align.optimizer_step
+        def optimizer_step(run, learning_rate):
+            if os.environ["RANK"] == "1" and len(open(sys.argv[-1] + "/metrics.jsonl").readlines()) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(run, learning_rate)
+        align.optimizer_step = optimizer_step
+        align.main()""")
+    started = time.monotonic()
+    done = torchrun(2, script, *GRPO_ON_RANKS, "--output_dir", tmp_path / "out", code=1)
+    assert time.monotonic() - started < 60
+    assert done.stderr.count("another rank is gone") <= 1 and "Signal 9 (SIGKILL)" in done.stderr and "RuntimeError" not in done.stderr
+    assert [path.name for _, path in align.checkpoints(tmp_path / "out")] == ["checkpoint_step_2", "checkpoint_step_1"]
+    wrong = torchrun(2, "align.py", "--algo", "grpo", "--groupsize", 4, code=None)
+    assert wrong.stderr.count("did you mean --group_size?") == 1
+
+
+@needs_vllm
+def test_run_of_two_ranks_with_vllm_has_an_engine_per_rank_with_the_trainers_weights(embedded, tmp_path):
+    torchrun(2, "align.py", *GRPO_ON_RANKS, "--sampler", "vllm", "--output_dir", tmp_path / "out")
+    records = metrics_of(tmp_path / "out")
+    assert [r["step"] for r in records] == [0, 1, 2, 3, 4] and all(r["logprob_gap_max"] < 1e-3 for r in records[1:])
 
 
 def test_step_metrics_weigh_every_token_of_the_step_alike():
