@@ -472,9 +472,9 @@ def load_problems(path, prompt_name):
 
     A problem whose answer nothing could equal is reported and left out.
     """
-    problems, unusable = [], []
-    for record in read_jsonl(path, [("problem", "answer")], may_be_blank="answer"):
-        (problems if grade(record["answer"], record["answer"]) else unusable).append(record)
+    records = read_jsonl(path, [("problem", "answer")], may_be_blank="answer")
+    usable = {answer for answer in {record["answer"] for record in records} if grade(answer, answer)}
+    problems, unusable = ([record for record in records if (record["answer"] in usable) == wanted] for wanted in (True, False))
     for record in unusable[:5]:
         print(f"{path}, line {record['line']}: left out, since its answer {record['answer'][:60]!r} is empty or cannot be parsed")
     if unusable:
@@ -1696,7 +1696,7 @@ class Run:
     val_problems: list | None = None
     step: int = 0               # steps done, when a run is resumed
     last_step: int = 0
-    next_plot: float = 0.0
+    next_plot: float = dataclasses.field(default_factory=lambda: time.monotonic() + 60)     # when the curves are drawn again
     signal: int = 0             # SIGINT or SIGTERM, once it has come
     skipped: int = 0            # updates in a row whose gradient was not finite
     halved: bool = False        # memory ran out before
@@ -2022,7 +2022,7 @@ def finish_step(run, record, checkpoint):
     log_step(args, record, run.last_step)
     if rank_and_size()[0] == 0 and (step == run.last_step or (lookup(record, ACCURACY) is not None and time.monotonic() > run.next_plot)):
         plot_runs([args.output_dir], Path(args.output_dir, "curves.png"))
-        run.next_plot = time.monotonic() + 60           # drawing takes half a second: not at every validation of a short run
+        run.next_plot = time.monotonic() + 60           # drawing takes half a second: not at every validation
     stopping = max(from_all_ranks(run.signal)) if step < run.last_step else 0
     if step and (stopping or (args.save_frequency and step % args.save_frequency == 0)):
         save_checkpoint(Path(args.output_dir, checkpoint), run.model, run.tokenizer, run.optimizer, step)
