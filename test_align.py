@@ -5,6 +5,7 @@ brute force over small cases, and real runs of the embedded setting.
     pytest test_align.py -k "not run" # the mathematics alone, a minute
 """
 
+import ast
 import collections
 import contextlib
 import copy
@@ -892,11 +893,12 @@ def test_vllm_samples_with_the_models_frequencies_and_one_seed_per_response(vllm
     settings = dict(temperature=1.3, max_tokens=3, min_tokens=0, stop=None)
     rollouts = align.sample(vllm_sampler, [prompt], 4000, 5, **settings)
     counts = collections.Counter(tuple(r.response_ids) for r in rollouts)
-    for ids, count in counts.most_common(12):
+    assert len(counts) > 10
+    for ids, count in counts.items():
         batch = align.batch_token_ids([prompt], [list(ids)], 0)
         log_probs = align.get_response_log_probs(model, batch["input_ids"], batch["labels"], temperature=1.3)["log_probs"][batch["response_mask"]]
         p = math.exp(log_probs.sum().item())
-        assert abs(count / 4000 - p) < 5 * math.sqrt(p * (1 - p) / 4000)
+        assert abs(count / 4000 - p) < 5 * math.sqrt(p * (1 - p) / 4000) + 2 / 4000         # of rare ones there may be one or two
         assert next(r.log_probs for r in rollouts if tuple(r.response_ids) == ids) == pytest.approx(log_probs.tolist(), abs=1e-3)
     again = align.sample(vllm_sampler, [prompt], 4000, 5, **settings)
     assert [r.response_ids for r in again] == [r.response_ids for r in rollouts]
@@ -1160,6 +1162,8 @@ for kill in range(kills):
     out = folder / f"killed{{kill}}"
     pid = start(out)
     time.sleep(rng.uniform(0.05, 0.95) * seconds)
+    while kill % 3 == 2 and not list(out.glob("checkpoint*.partial")) and not (out / "final_model").exists():
+        time.sleep(0.001)                   # every third one dies while it writes a checkpoint
     os.kill(pid, signal.SIGKILL)
     killed = end(pid) == -signal.SIGKILL
     writing = len(list(out.glob("*.partial")))
@@ -2018,3 +2022,50 @@ def test_bench_cost_of_an_update_is_linear_in_its_tokens(embedded, capsys):
     with capsys.disabled():
         print("\nupdate, tiny model, µs per token at 1, 2, 4 and 8 times the tokens:", ", ".join(f"{cost:.1f}" for cost in costs.values()))
     assert max(costs.values()) < 1.15 * min(costs.values())
+
+
+MEMORY = """
+import sys
+sys.path.insert(0, {root!r})
+import torch, align, test_align
+from transformers import LlamaConfig, LlamaForCausalLM
+align.join_ranks()
+
+def memory(name):
+    return int(open("/proc/self/status").read().partition(name + ":")[2].split()[0])        # kB
+
+def peak_of(function):
+    open("/proc/self/clear_refs", "w").write("5")       # forgets the peak so far
+    function()
+    return memory("VmHWM")
+
+torch.ones(8, 8) @ torch.ones(8, 8)
+before = memory("VmRSS")
+model = LlamaForCausalLM(LlamaConfig(vocab_size=2048, hidden_size=768, intermediate_size=3072, num_hidden_layers=16, num_attention_heads=12))
+if align.rank_and_size()[1] > 1:
+    align.shard(model, "float32")
+    open("/proc/self/clear_refs", "w").write("5")
+run = test_align.fake_run(model, tokens_per_microbatch=64)
+run.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+examples = [([1 + i, 2, 3], [4 + i, 5, 6, 7]) for i in range(8)]
+training = peak_of(lambda: [align.sft_update(run, examples, 1e-4) for _ in range(3)]) - before
+after = memory("VmRSS")
+hand_over = peak_of(lambda: [align.whole(p.detach()).sum() for p in model.parameters()]) - after
+align.check_memory = (training, hand_over, sum(p.numel() for p in model.parameters()) * 4 / 1e3)
+results = align.from_all_ranks(align.check_memory)
+if align.rank_and_size()[0] == 0:
+    print(results)
+align.leave_ranks()
+"""
+
+
+@bench
+def test_bench_memory_per_rank(tmp_path, capsys):
+    """Weights, gradients and AdamW's state, with a batch too small to matter: the peak of resident memory in three updates."""
+    (tmp_path / "memory.py").write_text(MEMORY.format(root=str(ROOT)))
+    peaks = {n: max(ast.literal_eval(torchrun(n, tmp_path / "memory.py", env={"MALLOC_MMAP_THRESHOLD_": "65536"}).stdout.strip().splitlines()[-1])) for n in (1, 2, 4)}
+    with capsys.disabled():
+        for n, (training, hand_over, weights) in peaks.items():
+            print(f"\n{n} ranks, a model of {weights / 1e3:.0f} MB: training peaks at {training / 1e3:.0f} MB per rank ({training / peaks[1][0]:.2f}), "
+                  f"a hand-over at {hand_over / 1e3:.0f} MB more", end="")
+    assert peaks[2][0] < 0.6 * peaks[1][0]
