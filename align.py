@@ -30,6 +30,7 @@ import atexit
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import difflib
 import functools
 import hashlib
@@ -84,7 +85,7 @@ def fail(program, message, code):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)       # which torchrun sends as soon as a rank has ended
         time.sleep(2)
     print(f"{program}: {message}", file=sys.stderr, flush=True)
-    sys.exit(code) if rank_and_size()[1] == 1 else os._exit(code)       # at once: the others may wait for this one for ever
+    sys.exit(code) if world_size() == 1 else os._exit(code)       # at once: the others may wait for this one for ever
 
 
 def out_of_memory(error):
@@ -130,9 +131,14 @@ def use_hub_or_cache():
 # of the work and holds its share of the weights (`shard`, section 6). One process alone is rank 0 of 1.
 
 
-def rank_and_size():
-    """(this process's rank, how many there are)."""
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if torch.distributed.is_initialized() else (0, 1)
+def rank():
+    """The number of this process among the ranks."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def world_size():
+    """How many ranks there are."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def join_ranks():
@@ -140,14 +146,15 @@ def join_ranks():
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        if torch.distributed.get_rank() > 0:
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                                             timeout=datetime.timedelta(hours=2))       # rank 0 may be saving, or making the data
+        if rank() > 0:
             sys.stdout = open(os.devnull, "w")
 
 
 def leave_ranks(code=0):
     """Ends this process, if it is one of several, once all of them are here. At once: the threads of a process group crash the usual end."""
-    if rank_and_size()[1] > 1:
+    if world_size() > 1:
         from_all_ranks(None)
         atexit._run_exitfuncs()
         sys.stdout.flush()
@@ -156,17 +163,16 @@ def leave_ranks(code=0):
 
 def from_all_ranks(value):
     """What each rank passes here, in order, on every rank. They all have to call it."""
-    rank, size = rank_and_size()
-    values = [value] * size
-    if size > 1:
+    values = [value] * world_size()
+    if world_size() > 1:
         torch.distributed.all_gather_object(values, value)
     return values
 
 
 def by_all_ranks(function, items):
     """function(items), a list of one result per item, each rank computing its share of it."""
-    rank, size = rank_and_size()
-    shares = from_all_ranks(function(items[rank::size]) if items[rank::size] else [])
+    share, size = items[rank()::world_size()], world_size()
+    shares = from_all_ranks(function(share) if share else [])
     return [shares[i % size][i // size] for i in range(len(items))]
 
 
@@ -768,7 +774,7 @@ def grading_pool():
     """The worker processes, started once. They wait while the model computes, and end with this process."""
     import math_verify      # noqa: F401 (imported before the fork, the workers share it)
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = pebble.ProcessPool(max_workers=max(1, min(os.cpu_count() // rank_and_size()[1], 16)), initializer=start_worker, context=context)
+    pool = pebble.ProcessPool(max_workers=max(1, min(os.cpu_count() // world_size(), 16)), initializer=start_worker, context=context)
     atexit.register(lambda: (pool.stop(), pool.join()))
     return pool
 
@@ -1011,7 +1017,7 @@ class SharedPrompts:
     def backward(self):
         """Carries the gradients on the keys and values back through the prompts, where there are any."""
         tensors = [(state, copy.grad) for pair in zip(self.states, self.copies) for state, copy in zip(*pair) if copy.grad is not None]
-        if tensors and rank_and_size()[1] > 1:      # the hooks with which FSDP fetches weights hang on the outputs
+        if tensors and world_size() > 1:      # the hooks with which FSDP fetches weights hang on the outputs
             tensors += [(output, torch.zeros_like(output)) for output in self.outputs]
         if tensors:
             torch.autograd.backward(*zip(*tensors))
@@ -1333,7 +1339,7 @@ class VLLMSampler:
         self.vllm, self.tokenizer, self.sleeps, self.on_cpu = vllm, tokenizer, args.vllm_sleep, args.device == "cpu"
         # The CPU build cannot rewind a request's generator, which a prompt cut into chunks needs; and compiling costs it a minute.
         settings = dict(enable_chunked_prefill=False, enforce_eager=True) if self.on_cpu else {}
-        if rank_and_size()[1] > 1:
+        if world_size() > 1:
             settings["distributed_executor_backend"] = "external_launcher"      # one engine per rank, on the rank's own GPU
         try:
             # processed_logprobs are those of the distribution that is sampled from, after temperature. generation_config="vllm" keeps the
@@ -1467,7 +1473,7 @@ def evaluate(sampler, problems, reward_fn, n, seed, **sampling):
 
 def log_generations(path, step, purpose, rollouts, rewards, problems):
     """Appends one JSON line per rollout to `path`: what was asked, written, expected and paid. problems: one per rollout."""
-    if rank_and_size()[0] > 0:
+    if rank() > 0:
         return
     with open(path, "a", encoding="utf-8") as file:
         for rollout, reward, problem in zip(rollouts, rewards, problems, strict=True):
@@ -1495,7 +1501,7 @@ def lookup(record, names):
 
 def log_step(args, record, last_step):
     """Writes one step's dict to metrics.jsonl, to stdout as one line, and to W&B where asked for."""
-    if rank_and_size()[0] > 0:
+    if rank() > 0:
         return
     with open(Path(args.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
@@ -1575,7 +1581,7 @@ def save_checkpoint(path, model, tokenizer, optimizer=None, step=None):
 
     Written aside, flushed to the disk, then renamed. Raises UserError where it cannot be written; what was saved before is not touched.
     """
-    first = rank_and_size()[0] == 0
+    first = rank() == 0
 
     def gather(tensors):
         """Sharded tensors put together one after the other, on rank 0."""
@@ -1705,8 +1711,7 @@ class Run:
 def load_run(args, weights=None):
     """Model, tokenizer and sampler of a run, the weights from a checkpoint if one is given. Raises UserError where the model cannot be had."""
     data_files = [vars(args)[flag] for flag in ("train_data", "val_data", "sft_data") if flag in vars(args) and not vars(args).get("question")]
-    rank, size = rank_and_size()
-    if rank == 0 and any(path.startswith("data/arithmetic/") and not Path(path).exists() for path in (args.model, *data_files)):
+    if rank() == 0 and any(path.startswith("data/arithmetic/") and not Path(path).exists() for path in (args.model, *data_files)):
         print("data/arithmetic/ is not complete yet: making it with prepare_data.py", flush=True)
         from prepare_data import prepare_arithmetic
         prepare_arithmetic("data/arithmetic")
@@ -1742,7 +1747,7 @@ def load_run(args, weights=None):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
-    if size > 1 and args.algo != "eval":
+    if world_size() > 1 and args.algo != "eval":
         shard(model, args.dtype)
     else:
         model.to(args.device)
@@ -1751,7 +1756,7 @@ def load_run(args, weights=None):
         plain, ours = (get_response_log_probs(model, ids[:, :-1], ids[:, 1:], response_mask=mask)["log_probs"] for mask in (None, ids[:, 1:] >= 0))
     if not torch.allclose(plain, ours, atol=0.05):
         raise UserError(f"--model {args.model} does more to its logits than multiply by the output head (a soft cap, say), which section 6 leaves out")
-    print(f"model {args.model}: {model.num_parameters() / 1e6:.1f}M parameters on {f'{size} × ' if size > 1 else ''}{args.device}, {args.dtype}, "
+    print(f"model {args.model}: {model.num_parameters() / 1e6:.1f}M parameters on {world_size()} × {args.device}, {args.dtype}, "
           f"attention {attention}", flush=True)
     return Run(args, model, tokenizer, make_sampler(args, tokenizer), *reward_fn_and_stop(args.prompt))
 
@@ -1779,7 +1784,7 @@ def load_val_problems(run):
 def start_training(args):
     """A Run with its optimizer, its validation problems and its output directory."""
     # Rank 0's finding counts. A run that was stopped before its first checkpoint begins again.
-    step, checkpoint = from_all_ranks(newest_checkpoint(args.output_dir) if args.resume and rank_and_size()[0] == 0 else (0, None))[0]
+    step, checkpoint = from_all_ranks(newest_checkpoint(args.output_dir) if args.resume and rank() == 0 else (0, None))[0]
     run = load_run(args, checkpoint)
     run.step, run.val_problems = step, load_val_problems(run)
     reshard(run.model)
@@ -1821,13 +1826,12 @@ def microbatches(run, batch, prompts):
     Each prompt goes through the model once; when the responses to it have been through, forward and backward, its own backward pass follows.
     """
     args, prompt_of = run.args, batch["prompt"].flatten().tolist()
-    rank, size = rank_and_size()
     lengths = batch["response_mask"].sum(dim=1).tolist()
 
     def plan(rows):
         """[(prompts, [the rows of each microbatch of responses to them])]"""
         if args.gradient_accumulation_steps:
-            n = math.ceil(args.train_batch_size / args.gradient_accumulation_steps / size)
+            n = math.ceil(args.train_batch_size / args.gradient_accumulation_steps / world_size())
             return [(sorted({prompt_of[i] for i in part}), [part]) for part in (rows[i:i + n] for i in range(0, len(rows), n))]
         groups = []
         for some in split_by_tokens(sorted({prompt_of[i] for i in rows}), [len(ids) for ids in prompts], args.tokens_per_microbatch):
@@ -1837,10 +1841,10 @@ def microbatches(run, batch, prompts):
 
     # A rank has the responses to every N-th prompt. It makes as many passes as the busiest rank, since those fetch its weights: where it has
     # nothing left to do, with a response of which nothing counts.
-    plans = [plan([i for i, p in enumerate(prompt_of) if p % size == r]) for r in range(size)]
+    plans = [plan([i for i, p in enumerate(prompt_of) if p % world_size() == r]) for r in range(world_size())]
     for group in range(max(map(len, plans))):
         groups = [plan[group] if group < len(plan) else (prompt_of[:1], []) for plan in plans]
-        some, parts = groups[rank]
+        some, parts = groups[rank()]
         with autocast(args):
             shared = SharedPrompts(run.model, [prompts[p] for p in some], padding_id(run.tokenizer))
         place = {p: i for i, p in enumerate(some)}
@@ -1868,10 +1872,10 @@ def train_on(run, batch, prompts, temperature, train_step):
                 out = get_response_log_probs(run.model, micro["input_ids"], micro["labels"], True, temperature, mask, **micro["context"])
             loss, metadata = train_step(micro, out["log_probs"])
             clipped = metadata["clipped"] & mask if "clipped" in metadata else torch.zeros(())
-            sums += torch.tensor([loss.item() / rank_and_size()[1], masked_normalize(out["token_entropy"], mask, 1.0).item(), clipped.sum().item()])
+            sums += torch.tensor([loss.item() / world_size(), masked_normalize(out["token_entropy"], mask, 1.0).item(), clipped.sum().item()])
         return sum(from_all_ranks(sums)).tolist()
     except RuntimeError as error:
-        if not out_of_memory(error) or run.halved or run.args.gradient_accumulation_steps or rank_and_size()[1] > 1:
+        if not out_of_memory(error) or run.halved or run.args.gradient_accumulation_steps or world_size() > 1:
             raise
     run.halved = True               # here, not in the except clause: there the exception still holds the failed attempt's tensors
     run.args.tokens_per_microbatch //= 2
@@ -1883,7 +1887,7 @@ def train_on(run, batch, prompts, temperature, train_step):
 
 def accumulation_steps(batch, mask):
     """What makes the losses of microbatches with these masks add up to the mean over the whole batch: B / b. FSDP averages over the ranks."""
-    return len(batch["labels"]) / len(mask) / rank_and_size()[1]
+    return len(batch["labels"]) / len(mask) / world_size()
 
 
 MAX_SKIPPED = 5             # updates in a row without a finite gradient that end a run
@@ -2020,13 +2024,13 @@ def finish_step(run, record, checkpoint):
                    "eval_lenient_accuracy": metrics["lenient_accuracy"], "eval_response_length": metrics["response_length"],
                    "eval_truncated_fraction": metrics["truncated_fraction"], "time_evaluation": time.perf_counter() - started}
     log_step(args, record, run.last_step)
-    if rank_and_size()[0] == 0 and (step == run.last_step or (lookup(record, ACCURACY) is not None and time.monotonic() > run.next_plot)):
+    if rank() == 0 and (step == run.last_step or (lookup(record, ACCURACY) is not None and time.monotonic() > run.next_plot)):
         plot_runs([args.output_dir], Path(args.output_dir, "curves.png"))
         run.next_plot = time.monotonic() + 60           # drawing takes half a second: not at every validation
     stopping = max(from_all_ranks(run.signal)) if step < run.last_step else 0
     if step and (stopping or (args.save_frequency and step % args.save_frequency == 0)):
         save_checkpoint(Path(args.output_dir, checkpoint), run.model, run.tokenizer, run.optimizer, step)
-        if args.keep_checkpoints and rank_and_size()[0] == 0:
+        if args.keep_checkpoints and rank() == 0:
             for _, path in checkpoints(args.output_dir)[args.keep_checkpoints:]:
                 remove(path)
     if stopping:
@@ -2041,7 +2045,7 @@ def finish_run(run):
     """Saves the final model and says what came out."""
     folder = run.args.output_dir
     save_checkpoint(Path(folder, "final_model"), run.model, run.tokenizer)
-    if rank_and_size()[0] == 0:
+    if rank() == 0:
         first, *_, last = read_metrics(folder)
         print(f"done: accuracy {lookup(first, ACCURACY):.3f} -> {lookup(last, ACCURACY):.3f} on {last['eval_problems']} unseen problems; "
               f"{folder}/final_model, curves.png, metrics.jsonl, samples.jsonl")
@@ -2053,7 +2057,7 @@ def stop_on_signals(run):
         if run.signal:
             os._exit(128 + number)
         run.signal = number
-        if rank_and_size()[0] == 0:
+        if rank() == 0:
             os.write(2, b"align.py: stopping after this step; a second signal stops at once\n")     # print is not safe in a handler
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -2073,7 +2077,7 @@ def start_logging(run, last_step):
             raise UserError(f"{args.output_dir} is a finished run of {done} steps without a checkpoint that --resume could go on from")
     if args.wandb_project and importlib.util.find_spec("wandb") is None:
         raise UserError("--wandb_project needs Weights & Biases: pip install wandb")
-    if rank_and_size()[0] == 0:
+    if rank() == 0:
         open_output_dir(args, run.step)
         if args.wandb_project:
             import wandb
@@ -2268,11 +2272,11 @@ def run_eval(args):
             print(rollout.text.strip())
         return
     problems = load_val_problems(run)
-    if rank_and_size()[0] == 0:
+    if rank() == 0:
         open_output_dir(args)
     summary = {"model": args.model, "prompt": args.prompt, "temperature": args.eval_temperature, "seed": args.seed}
     summary |= evaluate_run(run, problems, args.eval_samples, 0)
-    if rank_and_size()[0] > 0:
+    if rank() > 0:
         return
     Path(args.output_dir, "baseline_results_summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     counts = summary["categories"]

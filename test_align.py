@@ -7,7 +7,6 @@ brute force over small cases, and real runs of the embedded setting.
 
 import ast
 import collections
-import contextlib
 import copy
 import doctest
 import http.server
@@ -1266,7 +1265,7 @@ for flags in (dict(), dict(tokens_per_microbatch=1), dict(gradient_accumulation_
     model = test_align.random_model(vocab_size=23, num_key_value_heads=1)
     few = flags.pop("few", False)           # fewer prompts than ranks
     rows = slice(0, 2) if few else slice(None)
-    if align.rank_and_size()[1] > 1:
+    if align.world_size() > 1:
         align.shard(model, "float32")
     run = test_align.fake_run(model, **flags)
     for update in (align.grpo_update, align.sft_update):
@@ -1279,7 +1278,7 @@ for flags in (dict(), dict(tokens_per_microbatch=1), dict(gradient_accumulation_
         metrics = update(run, *args, 1.0)
         weights = {{name: align.whole(p.detach()).clone() for name, p in model.named_parameters()}}
         results.append((metrics | metrics.pop("gap", {{}}), weights))
-if align.rank_and_size()[0] == 0:
+if align.rank() == 0:
     pickle.dump(results, open(sys.argv[1], "wb"))
 align.leave_ranks()
 """
@@ -2042,7 +2041,7 @@ def peak_of(function):
 torch.ones(8, 8) @ torch.ones(8, 8)
 before = memory("VmRSS")
 model = LlamaForCausalLM(LlamaConfig(vocab_size=2048, hidden_size=768, intermediate_size=3072, num_hidden_layers=16, num_attention_heads=12))
-if align.rank_and_size()[1] > 1:
+if align.world_size() > 1:
     align.shard(model, "float32")
     open("/proc/self/clear_refs", "w").write("5")
 run = test_align.fake_run(model, tokens_per_microbatch=64)
@@ -2053,7 +2052,7 @@ after = memory("VmRSS")
 hand_over = peak_of(lambda: [align.whole(p.detach()).sum() for p in model.parameters()]) - after
 align.check_memory = (training, hand_over, sum(p.numel() for p in model.parameters()) * 4 / 1e3)
 results = align.from_all_ranks(align.check_memory)
-if align.rank_and_size()[0] == 0:
+if align.rank() == 0:
     print(results)
 align.leave_ranks()
 """
