@@ -368,18 +368,16 @@ def parse_args(argv=None):
         if args.algo not in users[flag]:
             raise UserError(f"--{flag} is not used by --algo {args.algo} (it is for {', '.join(users[flag])})")
 
-    args.preset, requested = (args.preset or "auto"), args.preset
-    if args.preset == "auto":
-        args.preset = "math" if torch.cuda.is_available() else "tiny"
-    preset = PRESETS[args.preset] | PRESETS[args.preset][args.algo]
-    if args.resume:
-        preset |= read_settings(args)
+    settings = read_settings(args) if args.resume else {}
+    requested = args.preset or settings.get("preset", "auto")
+    args.preset = requested if requested != "auto" else "math" if torch.cuda.is_available() else "tiny"
+    preset = PRESETS[args.preset] | PRESETS[args.preset][args.algo] | settings
     for flag in users:
         if args.algo not in users[flag]:
             delattr(args, flag)
         elif flag not in typed and flag != "preset":
             setattr(args, flag, preset.get(flag, parser.get_default(flag)))
-    if requested in (None, "auto"):
+    if requested == "auto":
         print(f"preset {args.preset}: {'a GPU is' if torch.cuda.is_available() else 'no GPU'} here (--preset chooses)")
     args.output_dir = args.output_dir or OUTPUT_DIRS[args.algo]
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
