@@ -46,6 +46,7 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -254,6 +255,10 @@ def build_parser():
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                    help="of the matrix products (autocast; the weights stay float32); auto: bfloat16 on a GPU")
     g.add_argument("--plot", nargs="+", metavar="DIR", help="draw these runs into one picture, compare.png, and stop")
+    g.add_argument("--compare", metavar="FLAG=A,B,…", help="run once with each value of the flag and each seed, the runs in folders of output_dir "
+                   "(compare_output), and put them into one picture and one table; finished runs are not run again")
+    g.add_argument("--seeds", type=number(int, 1), default=3, help="with --compare: runs of each variant, with seeds 0, 1, …")
+    g.add_argument("--target", type=number(float, 0, 1), default=0.8, help="with --compare: the accuracy whose time is measured")
 
     g = group("sampling and evaluation", *ALGOS)
     g.add_argument("--sampler", choices=("auto", "vllm", "torch"), default="auto", help="what generates the responses; auto: vllm on a GPU, else torch")
@@ -360,7 +365,7 @@ def parse_args(argv=None):
     # argparse fills in a default only where the namespace has no such attribute, so None marks what was not typed.
     args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(users)))
     typed = {flag for flag in users if getattr(args, flag) is not None}
-    if args.plot:
+    if args.plot or args.compare:
         return args
     if args.algo is None:
         raise UserError("say what to run: --algo eval, sft, ei or grpo")
@@ -395,7 +400,7 @@ def parse_args(argv=None):
         require(not args.gradient_accumulation_steps or args.train_batch_size % args.gradient_accumulation_steps == 0,
                 f"--gradient_accumulation_steps {args.gradient_accumulation_steps} does not divide --train_batch_size {args.train_batch_size}")
     vllm = args.sampler == "vllm" or (args.sampler == "auto" and args.device == "cuda")
-    useful = [("gpu_memory_utilization", vllm, "--sampler vllm"), ("vllm_sleep", vllm, "--sampler vllm"),
+    useful = [("seeds", False, "--compare"), ("target", False, "--compare"), ("gpu_memory_utilization", vllm, "--sampler vllm"), ("vllm_sleep", vllm, "--sampler vllm"),
               ("sampler_batch_size", args.sampler != "vllm", "--sampler torch")]
     if args.algo != "eval":
         useful += [("tokens_per_microbatch", not args.gradient_accumulation_steps, "--gradient_accumulation_steps 0")]
@@ -1528,26 +1533,32 @@ def read_metrics(folder):
     return read_jsonl(Path(folder, "metrics.jsonl"), [()])
 
 
-def plot_runs(folders, path):
-    """Draws the curves of runs into one picture: validation on top, then training reward, entropy and length."""
+def plot_runs(runs, path):
+    """Draws the curves of runs into one picture: validation on top, then training reward, entropy and length.
+
+    runs: {label: folders}. Of several folders, seeds of one thing, it draws the mean ± one standard deviation.
+    """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = [("validation accuracy (±1 standard error)", ACCURACY), ("training reward", REWARD), ("token entropy (nats)", ("token_entropy",)),
-              ("response length (tokens)", ("response_length", "eval_response_length"))]
-    figure, axes = plt.subplots(len(panels), 1, figsize=(7, 9), sharex=len(folders) == 1, layout="constrained")
-    for folder in folders:
-        records = read_metrics(folder)
+    panels = [("validation accuracy (±1 standard error or, of several seeds, standard deviation)", ACCURACY), ("training reward", REWARD),
+              ("token entropy (nats)", ("token_entropy",)), ("response length (tokens)", ("response_length", "eval_response_length"))]
+    figure, axes = plt.subplots(len(panels), 1, figsize=(7, 9), sharex=True, layout="constrained")
+    for label, folders in runs.items():
+        records = [record for folder in folders for record in read_metrics(folder)]
         for axis, (title, names) in zip(axes, panels):
-            points = [(r["step"], lookup(r, names), r) for r in records if lookup(r, names) is not None]
-            steps, values = [p[0] for p in points], [p[1] for p in points]
-            [line] = axis.plot(steps, values, marker="o" if len(points) < 30 else None, markersize=3, label=str(folder))
-            if names is ACCURACY:
-                errors = [r["eval_stderr"] for _, _, r in points]
-                axis.fill_between(steps, [v - e for v, e in zip(values, errors)], [v + e for v, e in zip(values, errors)], alpha=0.2)
-                formats = [lookup(r, FORMAT) for _, _, r in points]
-                axis.plot(steps, formats, linestyle="--", color=line.get_color(), linewidth=1, label=f"{folder}, format")
+            steps = sorted({record["step"] for record in records if lookup(record, names) is not None})
+            at_step = [[record for record in records if record["step"] == step] for step in steps]
+            means = [statistics.fmean(lookup(record, names) for record in some) for some in at_step]
+            [line] = axis.plot(steps, means, marker="o" if len(steps) < 30 else None, markersize=3, label=label)
+            if names is ACCURACY and len(folders) == 1:
+                errors = [record["eval_stderr"] for [record] in at_step]
+                formats = [lookup(record, FORMAT) for [record] in at_step]
+                axis.plot(steps, formats, linestyle="--", color=line.get_color(), linewidth=1, label=f"{label}, format")
+            else:
+                errors = [statistics.stdev(lookup(record, names) for record in some) if len(some) > 1 else 0 for some in at_step]
+            axis.fill_between(steps, [m - e for m, e in zip(means, errors)], [m + e for m, e in zip(means, errors)], alpha=0.2)
             axis.set_title(title, fontsize=9, loc="left")
     for axis, (_, names) in zip(axes, panels):
         axis.grid(alpha=0.3)
@@ -2023,7 +2034,7 @@ def finish_step(run, record, checkpoint):
                    "eval_truncated_fraction": metrics["truncated_fraction"], "time_evaluation": time.perf_counter() - started}
     log_step(args, record, run.last_step)
     if rank() == 0 and (step == run.last_step or (lookup(record, ACCURACY) is not None and time.monotonic() > run.next_plot)):
-        plot_runs([args.output_dir], Path(args.output_dir, "curves.png"))
+        plot_runs({args.output_dir: [args.output_dir]}, Path(args.output_dir, "curves.png"))
         run.next_plot = time.monotonic() + 60           # drawing takes half a second: not at every validation
     stopping = max(from_all_ranks(run.signal)) if step < run.last_step else 0
     if step and (stopping or (args.save_frequency and step % args.save_frequency == 0)):
@@ -2286,16 +2297,78 @@ def run_eval(args):
     print(f"{args.output_dir}/baseline_results_summary.json, samples.jsonl")
 
 
+ALGORITHMS = {"eval": run_eval, "sft": train_sft, "ei": train_expert_iteration, "grpo": train_grpo}
+
+
+def table_row(folders, target):
+    """What came of some runs, as the cells of a row of compare's table: mean ± standard deviation over the runs."""
+    def cell(values, form):
+        values = [value for value in values if value is not None]
+        spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):{form}}{spread}" + (f" ({len(values)} of {len(folders)})" if len(values) < len(folders) else "") if values else "–"
+
+    runs = [read_metrics(folder) for folder in folders]
+    ends = [[record for record in run if lookup(record, ACCURACY) is not None][-1] for run in runs]
+    reached = [next((i for i, record in enumerate(run) if (lookup(record, ACCURACY) or 0) >= target), None) for run in runs]
+    seconds = [list(itertools.accumulate(record.get("time", 0.0) for record in run)) for run in runs]
+    tokens = [sum(record.get("tokens_per_second", 0) * record.get("time_sampling", 0) for record in run) for run in runs]
+    return [cell([100 * lookup(end, ACCURACY) for end in ends], ".1f"), cell([100 * lookup(end, FORMAT) for end in ends], ".1f"),
+            cell([None if i is None else run[i]["step"] for i, run in zip(reached, runs)], ".0f"),
+            cell([None if i is None else times[i] for i, times in zip(reached, seconds)], ".0f"), cell([times[-1] for times in seconds], ".0f"),
+            cell([count / 1e3 for count in tokens], ".0f"), cell([run[-1].get("token_entropy") for run in runs], ".3f"),
+            cell([end["eval_response_length"] for end in ends], ".1f"),
+            cell([statistics.fmean(record["grad_norm"] for record in run if record.get("grad_norm") is not None) for run in runs], ".2f")]
+
+
+def compare(args, argv):
+    """Runs every variant of --compare with every seed, as main would, and writes compare.png and compare.md."""
+    others = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--compare", "--seeds", "--target", "--output_dir"):
+        others.add_argument(flag)
+    rest, folder = others.parse_known_args(argv)[1], Path(args.output_dir or "compare_output")
+    flag, equals, values = args.compare.partition("=")
+    if not equals or not values:
+        raise UserError(f"--compare {args.compare} should be FLAG=A,B,…")
+    variants = {}
+    for value in values.split(","):             # all of them, before the first one runs
+        for seed in range(args.seeds or 3):
+            output_dir = folder / f"{flag}={value}".replace("/", "_") / f"seed{seed}"
+            with contextlib.redirect_stdout(None):
+                run = parse_args([*rest, f"--{flag}={value}", "--seed", str(seed), "--output_dir", str(output_dir)])
+            if run.algo == "eval":
+                raise UserError("--compare compares training runs: --algo sft, ei or grpo")
+            run.resume = True
+            for key, before in read_settings(run).items():
+                if vars(run).get(key) != before:
+                    raise UserError(f"{output_dir} holds a run with --{key} {before}, not {vars(run).get(key)}; choose another --output_dir")
+            variants.setdefault(f"{flag}={value}", []).append(run)
+    for runs in variants.values():
+        for run in runs:
+            print(f"--- {run.output_dir}", flush=True)
+            ALGORITHMS[run.algo](run)
+    folders = {label: [run.output_dir for run in runs] for label, runs in variants.items()}
+    plot_runs(folders, folder / "compare.png")
+    header = ["", "accuracy %", "in the format %", f"steps to {args.target or 0.8:.0%}", f"seconds to {args.target or 0.8:.0%}", "seconds", "sampled tokens, thousands",
+              "entropy at the end", "length at the end", "gradient norm"]
+    rows = [header, ["---"] * len(header), *([label, *table_row(runs, args.target or 0.8)] for label, runs in folders.items())]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    Path(folder, "compare.md").write_text(f"`python align.py {' '.join(argv)}`\n\n{table}\n", encoding="utf-8")
+    print(f"{table}\n{folder}/compare.png, compare.md")
+
+
 def main(argv=None):
     """Runs the command line. A user's mistake ends in one sentence and exit code 2."""
     with one_sentence("align.py"):
         join_ranks()
+        argv = sys.argv[1:] if argv is None else list(map(str, argv))
         args = parse_args(argv)
         if args.plot:
-            plot_runs(args.plot, "compare.png")
+            plot_runs({folder: [folder] for folder in args.plot}, "compare.png")
             print("compare.png")
+        elif args.compare:
+            compare(args, argv)
         else:
-            {"eval": run_eval, "sft": train_sft, "ei": train_expert_iteration, "grpo": train_grpo}[args.algo](args)
+            ALGORITHMS[args.algo](args)
         leave_ranks()
 
 

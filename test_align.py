@@ -1237,6 +1237,38 @@ def test_run_on_a_full_disk_ends_in_one_sentence_and_can_be_resumed(embedded, tm
     assert without_times(metrics_of(tmp_path / "out")) == without_times(metrics_of(tmp_path / "whole"))
 
 
+def test_compare_runs_each_variant_with_each_seed_once_and_tabulates_means_and_spreads(embedded, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    argv = ["--algo", "grpo", "--preset", "tiny", "--n_grpo_steps", "2", "--rollout_batch_size", "32", "--train_batch_size", "32", "--validation_size", "64",
+            "--validation_frequency", "1", "--output_dir", str(tmp_path), "--target", "0.2"]
+    for wrong, message in ((["--compare", "group_size=8,7"], "--group_size 7 does not divide"), (["--compare", "group-size"], "should be FLAG=A,B"),
+                           (["--compare", "algo=grpo,eval"], "n_grpo_steps is not used by --algo eval"), (["--seeds", "2"], "--seeds is only used with --compare")):
+        with pytest.raises(SystemExit):
+            align.main([*argv, *wrong])
+        assert message in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+    argv += ["--compare", "learning_rate=0,1e-3", "--seeds", "2"]
+    align.main(argv)
+    table = [line.strip("| ").split(" | ") for line in (tmp_path / "compare.md").read_text().splitlines() if line.startswith("|")]
+    assert [row[0] for row in table[2:]] == ["learning_rate=0", "learning_rate=1e-3"] and (tmp_path / "compare.png").stat().st_size > 10000
+    runs = [[metrics_of(tmp_path / name / f"seed{seed}") for seed in (0, 1)] for name in ("learning_rate=0", "learning_rate=1e-3")]
+    for row, pair in zip(table[2:], runs):
+        ends = [100 * run[-1]["val_reward_answer"] for run in pair]
+        assert row[1] == f"{statistics.mean(ends):.1f} ± {statistics.stdev(ends):.1f}"
+        tokens = [sum(32 * record["response_length"] for record in run[1:]) / 1e3 for run in pair]
+        assert row[6] == f"{statistics.mean(tokens):.0f} ± {statistics.stdev(tokens):.0f}"
+        reached = [next((r["step"] for r in run if r["val_reward_answer"] >= 0.2), None) for run in pair]
+        assert row[3].split()[0] == f"{statistics.mean(step for step in reached if step is not None):.0f}"
+    assert runs[0][0][0]["val_reward_answer"] != runs[0][1][0]["val_reward_answer"]         # seeds differ
+    capsys.readouterr()
+    shutil.rmtree(tmp_path / "learning_rate=0/seed1")                                          # as if it had not been run yet
+    align.main(argv)
+    said = capsys.readouterr().out
+    assert said.count("this run is finished") == 3 and said.count("done: accuracy") == 1
+    with pytest.raises(SystemExit):
+        align.main([*argv, "--group_size", "4"])
+    assert "holds a run with --group_size 8, not 4" in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Many GPUs: here, processes on the CPU that speak through gloo
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1288,8 +1320,8 @@ def test_ranks_make_the_update_of_one_process_together(tmp_path):
     script = tmp_path / "updates.py"
     script.write_text(UPDATES.format(root=str(ROOT)))
     subprocess.run([sys.executable, script, tmp_path / "one"], check=True)
-    torchrun(4, script, tmp_path / "four")
-    results, expected = (pickle.load(open(tmp_path / name, "rb")) for name in ("four", "one"))
+    torchrun(os.environ.get("RANKS", 2), script, tmp_path / "many")         # RANKS=4 pytest test_align.py -k ranks_make
+    results, expected = (pickle.load(open(tmp_path / name, "rb")) for name in ("many", "one"))
     before = dict(random_model(vocab_size=23, num_key_value_heads=1).named_parameters())
     assert len(results) == 10
     for (metrics, weights), (expected_metrics, expected_weights) in zip(results, expected, strict=True):
@@ -1400,13 +1432,14 @@ def test_run_eval(embedded, tmp_path):
     assert "1+1=2" in answer
 
 
-def test_run_sft_learns_and_its_model_starts_another_run(embedded, tmp_path):
-    align_command("--algo", "sft", "--output_dir", tmp_path / "sft")
+def test_run_sft_learns_and_its_model_starts_another_run(embedded, tmp_path, monkeypatch):
+    align_command("--algo", "sft", "--validation_frequency", 0, "--output_dir", tmp_path / "sft")
     assert accuracies(tmp_path / "sft")[-1] > accuracies(tmp_path / "sft")[0] + 0.2
     losses = [r["train/loss"] for r in metrics_of(tmp_path / "sft") if "train/loss" in r]
     assert losses[-1] < 0.7 * losses[0]
-    align_command("--algo", "grpo", "--model", tmp_path / "sft/final_model", "--n_grpo_steps", 1, "--rollout_batch_size", 32, "--train_batch_size", 32,
-                  "--output_dir", tmp_path / "grpo")
+    monkeypatch.chdir(ROOT)
+    align.main(["--algo", "grpo", "--model", str(tmp_path / "sft/final_model"), "--n_grpo_steps", "1", "--rollout_batch_size", "32", "--train_batch_size", "32",
+                "--output_dir", str(tmp_path / "grpo")])
     assert accuracies(tmp_path / "grpo")[0] == pytest.approx(accuracies(tmp_path / "sft")[-1], abs=0.1)
 
 
@@ -1416,7 +1449,7 @@ def test_run_expert_iteration_learns(embedded, tmp_path):
     assert (tmp_path / "ei/final_model/model.safetensors").exists()
 
 
-def test_run_grpo_learns_and_writes_everything(embedded, tmp_path):
+def test_run_grpo_learns_and_writes_everything(embedded, tmp_path, monkeypatch):
     done = align_command("--algo", "grpo", "--n_grpo_steps", 12, "--rollout_batch_size", 256, "--train_batch_size", 256, "--save_frequency", 6,
                          "--validation_frequency", 0, "--output_dir", tmp_path / "grpo")
     assert accuracies(tmp_path / "grpo")[-1] > accuracies(tmp_path / "grpo")[0] + 0.2
@@ -1431,7 +1464,8 @@ def test_run_grpo_learns_and_writes_everything(embedded, tmp_path):
     samples = [json.loads(line) for line in open(tmp_path / "grpo/samples.jsonl")]
     assert sum(s["purpose"] == "training" for s in samples) == 12 * 256
     assert all(align.r1_zero_reward_fn(s["response"], s["answer"])["reward"] == s["reward"] for s in samples[::97])
-    assert "compare.png" in align_command("--plot", tmp_path / "grpo", tmp_path / "grpo", cwd=tmp_path).stdout
+    monkeypatch.chdir(tmp_path)
+    align.main(["--plot", "grpo", str(tmp_path / "grpo")])
     assert (tmp_path / "compare.png").stat().st_size > 10000
 
 
@@ -1459,7 +1493,7 @@ def test_runs_with_one_seed_are_equal_bit_for_bit_and_with_another_differ(embedd
 
 def test_runs_do_not_depend_on_the_number_of_microbatches(embedded, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for i, flags in enumerate([[], ["--loss_type", "grpo_clip", "--epochs_per_rollout_batch", "2", "--train_batch_size", "16"],
+    for i, flags in enumerate([["--loss_type", "grpo_clip", "--epochs_per_rollout_batch", "2", "--train_batch_size", "16"],
                                ["--length_normalization", "masked_normalize", "--loss_type", "no_baseline"]]):
         one, one_metrics = small_grpo(tmp_path / f"one{i}", *flags, "--gradient_accumulation_steps", 1)
         for split in (["--gradient_accumulation_steps", 8], ["--tokens_per_microbatch", 300]):
