@@ -1581,8 +1581,15 @@ def sha256(path):
 def remove(path):
     """Removes a folder, under a name first that nobody takes for a complete one."""
     if path.exists():
-        os.replace(path, removed := Path(f"{path}.partial"))
+        os.replace(path, removed := Path(f"{path}.removed.partial"))
         shutil.rmtree(removed)
+
+
+def flush(path):
+    """Returns when the disk has a file, or the list of a folder's files."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def save_checkpoint(path, model, tokenizer, optimizer=None, step=None):
@@ -1613,11 +1620,10 @@ def save_checkpoint(path, model, tokenizer, optimizer=None, step=None):
         sums = "".join(f"{sha256(file)}  {file.name}\n" for file in sorted(partial.iterdir()))
         (partial / "SHA256SUMS").write_text(sums)
         for file in (*partial.iterdir(), partial):
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        remove(Path(path))              # there only if it is damaged, or older than a change of flags
+            flush(file)
+        remove(Path(path))              # there only if it is damaged, or the final model of fewer steps
         os.replace(partial, path)
+        flush(partial.parent)
     except (OSError, RuntimeError, SafetensorError) as error:       # safetensors and torch.save do not raise OSError on a full disk
         free = shutil.disk_usage(partial.parent).free / 1e6
         shutil.rmtree(partial, ignore_errors=True)

@@ -1215,6 +1215,24 @@ def test_run_killed_at_any_moment_and_resumed_is_the_uninterrupted_run_bit_for_b
     assert twice == 128 + signal.SIGINT and at_once
 
 
+def test_run_passes_over_a_damaged_checkpoint_and_saves_it_again(embedded, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    small_grpo(tmp_path / "whole", "--save_frequency", 1)
+    shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
+    shutil.rmtree(tmp_path / "damaged/final_model")
+    weights = tmp_path / "damaged/checkpoint_step_3/model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    capsys.readouterr()
+    align.main(["--algo", "grpo", "--resume", "--output_dir", str(tmp_path / "damaged")])
+    said = capsys.readouterr().out
+    assert "checkpoint_step_3 is incomplete or damaged: passed over" in said and re.search("resumed from .*checkpoint_step_2\n", said)
+    assert weights.read_bytes() == content and without_times(metrics_of(tmp_path / "damaged")) == without_times(metrics_of(tmp_path / "whole"))
+    assert (tmp_path / "damaged/final_model/model.safetensors").read_bytes() == (tmp_path / "whole/final_model/model.safetensors").read_bytes()
+    align.main(["--algo", "grpo", "--resume", "--n_grpo_steps", "4", "--lr_schedule", "constant", "--output_dir", str(tmp_path / "damaged")])     # and on
+    assert [r["step"] for r in metrics_of(tmp_path / "damaged")] == [0, 1, 2, 3, 4]
+
+
 def test_run_on_a_full_disk_ends_in_one_sentence_and_can_be_resumed(embedded, tmp_path, monkeypatch):
     argv = ["--algo", "grpo", "--preset", "tiny", "--n_grpo_steps", 6, "--rollout_batch_size", 16, "--train_batch_size", 16, "--validation_size", 8,
             "--validation_frequency", 0, "--save_frequency", 1]
