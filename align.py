@@ -762,8 +762,9 @@ WORKER_MEMORY = 2 << 30     # bytes that a worker may take
 
 
 def start_worker():
-    """What a worker does first: bound its memory, leave Ctrl-C to the parent, and end when the parent is killed."""
+    """What a worker does first: bound its memory, leave signals to the parent, and end when the parent is killed."""
     import resource
+    os.setpgrp()                # Ctrl-C in a terminal and torchrun's SIGTERM go to the whole process group
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)       # not the parent's handler
     if sys.platform == "linux":

@@ -1133,6 +1133,7 @@ folder, kills, seed, argv = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]
 def start(out):
     sys.stdout.flush()
     if (pid := os.fork()) == 0:
+        os.setpgrp()
         os.dup2(os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
         os.dup2(1, 2)
         try:
@@ -1177,7 +1178,7 @@ out = folder / "stopped"                # SIGTERM once: the step is finished and
 pid = start(out)
 while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 3:
     time.sleep(0.01)
-os.kill(pid, signal.SIGTERM)
+os.killpg(pid, signal.SIGTERM)          # as torchrun and a terminal's Ctrl-C do: to the whole group
 stopped = [end(pid), len(list(out.glob("checkpoint*"))), (out / "final_model").exists()]
 stopped += [end(start(out)), content(out) == whole]
 out = folder / "twice"
