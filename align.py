@@ -803,6 +803,8 @@ def grade_pairs(reward_fn, pairs):
     """The reward dicts of (response, truth) pairs; None for one whose grading crashed, raised or exceeded DEADLINE."""
     if not can_be_pickled(reward_fn):
         return grade_chunk(reward_fn, pairs)
+    if not grading_pool().active:       # a signal has ended an idle worker, and that the pool
+        grading_pool.cache_clear()
     schedule, size = grading_pool().schedule, 32
     chunks = [pairs[i:i + size] for i in range(0, len(pairs), size)]
     futures = [schedule(grade_chunk, args=(reward_fn, chunk), timeout=DEADLINE / 2) for chunk in chunks]

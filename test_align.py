@@ -1124,7 +1124,7 @@ def test_records_of_later_steps_and_half_a_line_are_cut_off(tmp_path):
 
 # Kills a run at a random moment, again and again, and resumes it. One process imports align.py and forks for every run, which saves the import.
 KILLER = """
-import hashlib, json, os, random, shutil, signal, sys, time
+import hashlib, json, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 import align, math_verify, matplotlib.pyplot        # before the fork, once for all runs
@@ -1178,7 +1178,8 @@ out = folder / "stopped"                # SIGTERM once: the step is finished and
 pid = start(out)
 while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 3:
     time.sleep(0.01)
-os.killpg(pid, signal.SIGTERM)          # as torchrun and a terminal's Ctrl-C do: to the whole group
+subprocess.run(["pkill", "-TERM", "-P", str(pid)])      # the grading workers as well, as a scheduler does
+os.killpg(pid, signal.SIGTERM)                          # as torchrun and a terminal's Ctrl-C do: to the whole group
 stopped = [end(pid), len(list(out.glob("checkpoint*"))), (out / "final_model").exists()]
 stopped += [end(start(out)), content(out) == whole]
 out = folder / "twice"
