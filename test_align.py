@@ -1298,7 +1298,7 @@ def torchrun(n, *argv, code=0, env=None):
     """Runs a script on n ranks; checks the exit code and returns the process."""
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), *map(str, argv)], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | (env or {}), timeout=300)
-    assert (done.returncode != 0) if code is None else done.returncode == code, done.stdout + done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
     return done
 
 
@@ -1400,8 +1400,6 @@ def test_run_of_several_ranks_dies_as_a_whole_with_one_message_when_one_is_kille
     assert time.monotonic() - started < 60
     assert done.stderr.count("another rank is gone") <= 1 and "Signal 9 (SIGKILL)" in done.stderr and "RuntimeError" not in done.stderr
     assert [path.name for _, path in align.checkpoints(tmp_path / "out")] == ["checkpoint_step_2", "checkpoint_step_1"]
-    wrong = torchrun(2, "align.py", "--algo", "grpo", "--groupsize", 4, code=None)
-    assert wrong.stderr.count("did you mean --group_size?") == 1
 
 
 @needs_vllm
@@ -1464,25 +1462,25 @@ def test_run_sft_learns_and_its_model_starts_another_run(embedded, tmp_path, mon
 
 
 def test_run_expert_iteration_learns(embedded, tmp_path):
-    align_command("--algo", "ei", "--n_ei_steps", 2, "--validation_frequency", 0, "--output_dir", tmp_path / "ei")
+    align_command("--algo", "ei", "--n_ei_steps", 2, "--ei_batch_size", 128, "--validation_frequency", 0, "--output_dir", tmp_path / "ei")
     assert accuracies(tmp_path / "ei")[-1] > accuracies(tmp_path / "ei")[0] + 0.2
     assert (tmp_path / "ei/final_model/model.safetensors").exists()
 
 
 def test_run_grpo_learns_and_writes_everything(embedded, tmp_path, monkeypatch):
-    done = align_command("--algo", "grpo", "--n_grpo_steps", 12, "--rollout_batch_size", 256, "--train_batch_size", 256, "--save_frequency", 6,
-                         "--validation_frequency", 0, "--output_dir", tmp_path / "grpo")
+    done = align_command("--algo", "grpo", "--n_grpo_steps", 8, "--rollout_batch_size", 256, "--train_batch_size", 256, "--save_frequency", 4,
+                         "--validation_frequency", 0, "--validation_size", 256, "--output_dir", tmp_path / "grpo")
     assert accuracies(tmp_path / "grpo")[-1] > accuracies(tmp_path / "grpo")[0] + 0.2
     names = {p.name for p in (tmp_path / "grpo").iterdir()}
-    assert names == {"args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "final_model", "checkpoint_step_6", "checkpoint_step_12"}
+    assert names == {"args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "final_model", "checkpoint_step_4", "checkpoint_step_8"}
     records = metrics_of(tmp_path / "grpo")
-    assert [r["step"] for r in records] == list(range(13))
+    assert [r["step"] for r in records] == list(range(9))
     assert {"step", "time", "time_sampling", "time_grading", "time_training", "tokens_per_second", "grad_norm", "token_entropy", "response_length",
             "truncated_fraction", "train_reward_total", "train_reward_format", "train_reward_answer", "loss", "clip_fraction",
             "advantage_std"} <= set(records[-1])
-    assert sum(line.startswith("step ") for line in done.stdout.splitlines()) == 12
+    assert sum(line.startswith("step ") for line in done.stdout.splitlines()) == 8
     samples = [json.loads(line) for line in open(tmp_path / "grpo/samples.jsonl")]
-    assert sum(s["purpose"] == "training" for s in samples) == 12 * 256
+    assert sum(s["purpose"] == "training" for s in samples) == 8 * 256
     assert all(align.r1_zero_reward_fn(s["response"], s["answer"])["reward"] == s["reward"] for s in samples[::97])
     monkeypatch.chdir(tmp_path)
     align.main(["--plot", "grpo", str(tmp_path / "grpo")])
