@@ -366,6 +366,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(users)))
     typed = {flag for flag in users if getattr(args, flag) is not None}
     if args.plot or args.compare:
+        args.seeds, args.target = (getattr(args, flag) if flag in typed else parser.get_default(flag) for flag in ("seeds", "target"))
         return args
     if args.algo is None:
         raise UserError("say what to run: --algo eval, sft, ei or grpo")
@@ -1600,18 +1601,21 @@ def save_checkpoint(path, model, tokenizer, optimizer=None, step=None):
 
     Written aside, flushed to the disk, then renamed. Raises UserError where it cannot be written; what was saved before is not touched.
     """
-    first = rank() == 0
-
     def gather(tensors):
-        """Sharded tensors put together one after the other, on rank 0."""
-        return {name: full.detach().cpu() for name, tensor in tensors.items() if (full := whole(tensor)) is not None and first}
+        """Sharded tensors put together one after the other, which every rank takes part in, and kept on rank 0."""
+        gathered = {}
+        for name, tensor in tensors.items():
+            tensor = whole(tensor)
+            if rank() == 0:
+                gathered[name] = tensor.detach().cpu()
+        return gathered
 
     weights = gather(dict(model.named_parameters())) if hasattr(model, "sharded_base") else None       # None: its own
     trainer_state = None
     if optimizer is not None:
         state = optimizer.state_dict()
         trainer_state = {"optimizer": state | {"state": {i: gather(tensors) for i, tensors in state["state"].items()}}, "step": step}
-    if not first:
+    if rank() > 0:
         return
     partial = Path(f"{path}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -2330,7 +2334,7 @@ def table_row(folders, target):
 
 
 def compare(args, argv):
-    """Runs every variant of --compare with every seed, as main would, and writes compare.png and compare.md."""
+    """Runs every variant of --compare with every seed, as main would, and rank 0 writes compare.png and compare.md."""
     others = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--compare", "--seeds", "--target", "--output_dir"):
         others.add_argument(flag)
@@ -2340,7 +2344,7 @@ def compare(args, argv):
         raise UserError(f"--compare {args.compare} should be FLAG=A,B,…")
     variants = {}
     for value in values.split(","):             # all of them, before the first one runs
-        for seed in range(args.seeds or 3):
+        for seed in range(args.seeds):
             output_dir = folder / f"{flag}={value}".replace("/", "_") / f"seed{seed}"
             with contextlib.redirect_stdout(None):
                 run = parse_args([*rest, f"--{flag}={value}", "--seed", str(seed), "--output_dir", str(output_dir)])
@@ -2355,11 +2359,13 @@ def compare(args, argv):
         for run in runs:
             print(f"--- {run.output_dir}", flush=True)
             ALGORITHMS[run.algo](run)
+    if rank() > 0:
+        return
     folders = {label: [run.output_dir for run in runs] for label, runs in variants.items()}
     plot_runs(folders, folder / "compare.png")
-    header = ["", "accuracy %", "in the format %", f"steps to {args.target or 0.8:.0%}", f"seconds to {args.target or 0.8:.0%}", "seconds", "sampled tokens, thousands",
+    header = ["", "accuracy %", "in the format %", f"steps to {args.target:.0%}", f"seconds to {args.target:.0%}", "seconds", "sampled tokens, thousands",
               "entropy at the end", "length at the end", "gradient norm"]
-    rows = [header, ["---"] * len(header), *([label, *table_row(runs, args.target or 0.8)] for label, runs in folders.items())]
+    rows = [header, ["---"] * len(header), *([label, *table_row(runs, args.target)] for label, runs in folders.items())]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     Path(folder, "compare.md").write_text(f"`python align.py {' '.join(argv)}`\n\n{table}\n", encoding="utf-8")
     print(f"{table}\n{folder}/compare.png, compare.md")
