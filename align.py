@@ -800,27 +800,19 @@ def can_be_pickled(reward_fn):
     return True
 
 
-def grade_pairs(reward_fn, pairs):
-    """The reward dicts of (response, truth) pairs; None for one whose grading crashed, raised or exceeded DEADLINE."""
+def grade_pairs(reward_fn, pairs, size=32):
+    """The reward dict of each (response, truth) pair; the error's text for one whose grading crashed, raised or exceeded DEADLINE."""
     if not can_be_pickled(reward_fn):
         return grade_chunk(reward_fn, pairs)
-    if not grading_pool().active:       # a signal has ended an idle worker, and that the pool
+    if not grading_pool().active:       # a signal ended a worker that had no work, and with it the pool
         grading_pool.cache_clear()
-    schedule, size = grading_pool().schedule, 32
     chunks = [pairs[i:i + size] for i in range(0, len(pairs), size)]
-    futures = [schedule(grade_chunk, args=(reward_fn, chunk), timeout=DEADLINE / 2) for chunk in chunks]
-    # A chunk that fails is graded again one by one, so that only the response at fault loses its reward.
-    futures = [[future] if future.exception() is None else [schedule(grade_chunk, args=(reward_fn, [pair]), timeout=DEADLINE / 2) for pair in chunk]
-               for future, chunk in zip(futures, chunks)]
-    rewards, errors = [], []
-    for future in itertools.chain.from_iterable(futures):
+    rewards = []
+    for chunk, future in [(chunk, grading_pool().schedule(grade_chunk, args=(reward_fn, chunk), timeout=DEADLINE / 2)) for chunk in chunks]:
         if future.exception() is None:
             rewards += future.result()
-        else:
-            rewards.append(None)
-            errors.append(future.exception())
-    if len(errors) == len(pairs) >= size:       # not a hard case here and there, but a reward function that does not work
-        raise UserError(f"the reward function failed on every one of {len(pairs)} responses, first with {errors[0]!r}")
+        else:       # once more one by one, so that only the response at fault loses its reward
+            rewards += grade_pairs(reward_fn, chunk, size=1) if size > 1 else [repr(future.exception())]
     return rewards
 
 
@@ -830,8 +822,11 @@ def grade_responses(reward_fn, responses, truths):
     reward_fn: any function of (response, ground_truth) that returns {"reward", "format_reward", "answer_reward"}.
     """
     rewards = by_all_ranks(functools.partial(grade_pairs, reward_fn), list(zip(responses, truths, strict=True)))
+    errors = [reward for reward in rewards if isinstance(reward, str)]
+    if len(errors) == len(rewards) >= 32:       # not a hard case here and there, but a reward function that does not work
+        raise UserError(f"the reward function failed on every one of {len(rewards)} responses, first with {errors[0]}")
     failed = {"reward": 0.0, "format_reward": 0.0, "answer_reward": 0.0}
-    return [failed if reward is None else reward for reward in rewards], rewards.count(None)
+    return [failed if isinstance(reward, str) else reward for reward in rewards], len(errors)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -335,6 +335,18 @@ def test_grading_works_from_a_thread_and_with_a_function_that_cannot_be_pickled(
     assert "local_reward_fn cannot be pickled: it grades in this process" in capsys.readouterr().out
 
 
+def test_workers_that_a_signal_ended_are_replaced_and_cost_no_reward():
+    """A scheduler sends SIGTERM to every process of a job. Killed without work or at work, noticed by the pool or not yet."""
+    right = ["good"] * 64
+    for wait in (0, 0.001, 0.01, 0.05, 0.2, 0.5):
+        align.grade_responses(misbehaving_reward_fn, right[:1], [""])
+        for worker in align.multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGTERM)
+        time.sleep(wait)
+        rewards, failed = align.grade_responses(misbehaving_reward_fn, right, [""] * 64)
+        assert failed == 0 and all(r["reward"] == 1 for r in rewards), wait
+
+
 def test_workers_are_gone_when_the_run_ends_or_is_killed(tmp_path):
     code = ("import os, sys, time; sys.path.insert(0, sys.argv[1]); import align, test_align\n"
             "if __name__ == '__main__':\n"
