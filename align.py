@@ -28,6 +28,7 @@ Where this departs from the papers, on purpose:
 import argparse
 import atexit
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import datetime
@@ -35,7 +36,6 @@ import difflib
 import functools
 import hashlib
 import importlib.util
-import itertools
 import json
 import logging
 import math
@@ -80,11 +80,64 @@ def reason(error):
     return " ".join(lines[:2])[:500] or type(error).__name__
 
 
+# Many GPUs: `torchrun --nproc_per_node N align.py …` starts N of these programs, the ranks. Each samples, grades and trains on its share
+# of the work and holds its share of the weights (`shard`, section 6). One process alone is rank 0 of 1.
+
+
+def rank():
+    """The number of this process among the ranks."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def world_size():
+    """How many ranks there are."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def from_all_ranks(value):
+    """What each rank passes here, in order, on every rank. They all have to call it."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def by_all_ranks(function, items):
+    """function(items), a list of one result per item, each rank computing its share of it."""
+    share, size = items[rank()::world_size()], world_size()
+    shares = from_all_ranks(function(share) if share else [])
+    return [shares[i % size][i // size] for i in range(len(items))]
+
+
+def join_ranks():
+    """Under torchrun: finds the other ranks and takes a GPU. From here on rank 0 alone prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                                             timeout=datetime.timedelta(hours=2))       # rank 0 may be saving, or making the data
+        if rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+
+
+def leave_ranks(code=0):
+    """Ends this process, if it is one of several, once all of them are here. At once: the threads of a process group crash the usual end."""
+    if world_size() > 1:
+        from_all_ranks(None)
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(code)
+
+
+# What goes wrong ends the program with one sentence, not with a traceback.
+
+
 def fail(program, message, code):
     """Ends the program with one sentence. Of several ranks rank 0 speaks; what another one has to say is heard where rank 0 lives on."""
     if int(os.environ.get("RANK", 0)) > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)       # which torchrun sends as soon as a rank has ended
         time.sleep(2)
+    sys.stdout.flush()
     print(f"{program}: {message}", file=sys.stderr, flush=True)
     sys.exit(code) if world_size() == 1 else os._exit(code)       # at once: the others may wait for this one for ever
 
@@ -97,7 +150,7 @@ def out_of_memory(error):
 @contextlib.contextmanager
 def one_sentence(program):
     """What goes wrong inside and is not the program's own fault ends it with one sentence on stderr and an exit code."""
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]       # stop_on_signals changes them
+    handlers = [(signum, signal.getsignal(signum)) for signum in (signal.SIGINT, signal.SIGTERM)]       # stop_on_signals changes them
     try:
         yield
     except UserError as error:
@@ -128,60 +181,12 @@ def use_hub_or_cache():
         huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
-# Many GPUs: `torchrun --nproc_per_node N align.py …` starts N of these programs, the ranks. Each samples, grades and trains on its share
-# of the work and holds its share of the weights (`shard`, section 6). One process alone is rank 0 of 1.
-
-
-def rank():
-    """The number of this process among the ranks."""
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def world_size():
-    """How many ranks there are."""
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def join_ranks():
-    """Under torchrun: finds the other ranks and takes a GPU. From here on rank 0 alone prints."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-                                             timeout=datetime.timedelta(hours=2))       # rank 0 may be saving, or making the data
-        if rank() > 0:
-            sys.stdout = open(os.devnull, "w")
-
-
-def leave_ranks(code=0):
-    """Ends this process, if it is one of several, once all of them are here. At once: the threads of a process group crash the usual end."""
-    if world_size() > 1:
-        from_all_ranks(None)
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        os._exit(code)
-
-
-def from_all_ranks(value):
-    """What each rank passes here, in order, on every rank. They all have to call it."""
-    values = [value] * world_size()
-    if world_size() > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def by_all_ranks(function, items):
-    """function(items), a list of one result per item, each rank computing its share of it."""
-    share, size = items[rank()::world_size()], world_size()
-    shares = from_all_ranks(function(share) if share else [])
-    return [shares[i % size][i // size] for i in range(len(items))]
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Arguments: every knob, declared once
 # ----------------------------------------------------------------------------------------------------------------------
 
-ALGOS = ("eval", "sft", "ei", "grpo")
+OUTPUT_DIRS = {"eval": "baseline_output", "sft": "sft_output", "ei": "expert_iteration_output", "grpo": "grpo_output"}
+ALGOS = tuple(OUTPUT_DIRS)
 LOSS_TYPES = ("no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip")
 
 # A flag beats the preset's entry for the algorithm, which beats the preset's own entry, which beats the flag's default.
@@ -212,7 +217,6 @@ PRESETS = {
                   validation_frequency=10, save_frequency=50),
     ),
 }
-OUTPUT_DIRS = {"eval": "baseline_output", "sft": "sft_output", "ei": "expert_iteration_output", "grpo": "grpo_output"}
 
 
 def number(kind, low, high=math.inf):
@@ -319,7 +323,7 @@ def build_parser():
                    help="divide a group's advantages by its standard deviation; false: as [DrGRPO]")
     g.add_argument("--advantage_eps", type=number(float, 0), default=1e-6, help="added to that standard deviation")
     g.add_argument("--is_correction", type=number(float, 0), default=0.0, metavar="CAP",
-                   help="weigh each token by min(π / π_sampler, CAP), which corrects for a sampler of other numerics; 2 is usual, 0: off")
+                   help="weigh each token by min(π_old / π_sampler, CAP), which corrects for a sampler of other numerics; 2 is usual, 0: off")
     g.add_argument("--length_normalization", choices=("masked_mean", "masked_normalize"), default="masked_mean",
                    help="divide a response's loss by its own length, or by sampling_max_tokens as [DrGRPO]")
 
@@ -347,7 +351,7 @@ def read_settings(args):
     return {flag: value for flag, value in settings.items() if flag not in ("resume", "overwrite")}
 
 
-def parse_args(argv=None):
+def parse_args(argv):
     """The run's settings. Raises UserError for a flag that is wrong, that contradicts another or that the run would not use."""
     parser, users = build_parser()
 
@@ -357,7 +361,7 @@ def parse_args(argv=None):
         raise UserError(message + (f" (did you mean --{near[0]}?)" if near else ""))
 
     parser.error = complain
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = list(argv)
     for i, word in enumerate(argv):         # --group-size=4 means --group_size=4
         name, equals, value = word.partition("=")
         if name.startswith("--") and name[2:].replace("-", "_") in users:
@@ -401,8 +405,8 @@ def parse_args(argv=None):
         require(not args.gradient_accumulation_steps or args.train_batch_size % args.gradient_accumulation_steps == 0,
                 f"--gradient_accumulation_steps {args.gradient_accumulation_steps} does not divide --train_batch_size {args.train_batch_size}")
     vllm = args.sampler == "vllm" or (args.sampler == "auto" and args.device == "cuda")
-    useful = [("seeds", False, "--compare"), ("target", False, "--compare"), ("gpu_memory_utilization", vllm, "--sampler vllm"), ("vllm_sleep", vllm, "--sampler vllm"),
-              ("sampler_batch_size", args.sampler != "vllm", "--sampler torch")]
+    useful = [("seeds", False, "--compare"), ("target", False, "--compare"), ("gpu_memory_utilization", vllm, "--sampler vllm"),
+              ("vllm_sleep", vllm, "--sampler vllm"), ("sampler_batch_size", args.sampler != "vllm", "--sampler torch")]
     if args.algo != "eval":
         useful += [("tokens_per_microbatch", not args.gradient_accumulation_steps, "--gradient_accumulation_steps 0")]
     if args.algo == "grpo":
@@ -445,72 +449,7 @@ def format_prompt(name, question):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. Data: JSON lines in, dicts out
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def read_jsonl(path, required, may_be_blank=None):
-    """The dicts of a JSON-lines file, each checked to hold non-empty strings (but for `may_be_blank`) under the `required` keys.
-
-    `required` lists alternatives, e.g. [("problem", "answer")]. Raises UserError naming the file and the line.
-    """
-    keys = " or ".join(" and ".join(map(repr, keys)) for keys in required)
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); "
-                        f"it should hold JSON lines with {keys or 'metrics'}") from error
-    records = []
-    for i, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:         # json's own error, or a number with more digits than Python converts
-            raise UserError(f"{path}, line {i}: not valid JSON ({error})") from error
-        if not isinstance(record, dict) or not any(
-                all(isinstance(record.get(k), str) and (record[k].strip() or k == may_be_blank) for k in names) for names in required):
-            raise UserError(f"{path}, line {i}: needs non-empty strings under {keys}")
-        records.append(record | {"line": i})
-    if not records:
-        raise UserError(f"{path}: holds no records")
-    return records
-
-
-def load_problems(path, prompt_name):
-    """Problems {"problem", "answer", "prompt", …} of a JSON-lines file; a problem is {"problem": str, "answer": str, …}.
-
-    A problem whose answer nothing could equal is reported and left out.
-    """
-    records = read_jsonl(path, [("problem", "answer")], may_be_blank="answer")
-    usable = {answer for answer in {record["answer"] for record in records} if grade(answer, answer)}
-    problems, unusable = ([record for record in records if (record["answer"] in usable) == wanted] for wanted in (True, False))
-    for record in unusable[:5]:
-        print(f"{path}, line {record['line']}: left out, since its answer {record['answer'][:60]!r} is empty or cannot be parsed")
-    if unusable:
-        print(f"{path}: {len(unusable)} of {len(problems) + len(unusable)} problems left out")
-    if not problems:
-        raise UserError(f"{path}: no problem has a usable answer")
-    return [problem | {"prompt": format_prompt(prompt_name, problem["problem"])} for problem in problems]
-
-
-def load_traces(path, prompt_name, reward_fn):
-    """SFT traces {"prompt", "response"}, with the prompt formatted here so that SFT and RL cannot drift apart.
-
-    A trace is {"problem", "response", "answer"}, or {"prompt", "response"} with a ready prompt. A response continues the prompt: with
-    r1_zero it starts after <think>. Raises UserError where it has not the answer format that `reward_fn` rewards.
-    """
-    traces = read_jsonl(path, [("problem", "response"), ("prompt", "response")])
-    for trace in traces:
-        if reward_fn(trace["response"], "")["format_reward"] != 1:
-            raise UserError(f"{path}, line {trace['line']}: the response has not the answer format of prompt {prompt_name}, "
-                            f"which {reward_fn.__name__} looks for")
-        trace.setdefault("prompt", format_prompt(prompt_name, trace.get("problem", "")))
-    return traces
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. Grading: the reward is the objective, so a wrong reward is trained towards
+# 3. Grading: the reward is the objective, so a wrong reward is trained towards
 # ----------------------------------------------------------------------------------------------------------------------
 
 # Step 1: one spelling for each meaning. ⟨ and ⟩ stand for the braces of a set, so that { and } are LaTeX's own.
@@ -758,16 +697,15 @@ def reward_fn_and_stop(prompt_name):
 
 
 # Grading a batch, in worker processes: sympy can hang in C code, where no signal reaches it, or take all memory. A process can be killed.
-DEADLINE = 6.0              # seconds that one response may take: half of them among others, half alone
+DEADLINE = 6.0              # seconds: half for a chunk of responses together, half for each response of a chunk that failed
 WORKER_MEMORY = 2 << 30     # bytes that a worker may take
 
 
 def start_worker():
     """What a worker does first: bound its memory, leave signals to the parent, and end when the parent is killed."""
     import resource
-    os.setpgrp()                # Ctrl-C in a terminal and torchrun's SIGTERM go to the whole process group
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)       # not the parent's handler
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C in a terminal and a scheduler's SIGTERM go to every process
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)       # SIGKILL ends it at a deadline
     if sys.platform == "linux":
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + WORKER_MEMORY, taken + WORKER_MEMORY))
@@ -778,6 +716,7 @@ def start_worker():
 def grading_pool():
     """The worker processes, started once. They wait while the model computes, and end with this process."""
     import math_verify      # noqa: F401 (imported before the fork, the workers share it)
+    pebble.CONSTS.term_timeout = 0.1        # seconds from SIGTERM, which the workers ignore, to SIGKILL
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = pebble.ProcessPool(max_workers=max(1, min(os.cpu_count() // world_size(), 16)), initializer=start_worker, context=context)
     atexit.register(lambda: (pool.stop(), pool.join()))
@@ -804,7 +743,7 @@ def grade_pairs(reward_fn, pairs, size=32):
     """The reward dict of each (response, truth) pair; the error's text for one whose grading crashed, raised or exceeded DEADLINE."""
     if not can_be_pickled(reward_fn):
         return grade_chunk(reward_fn, pairs)
-    if not grading_pool().active:       # a signal ended a worker that had no work, and with it the pool
+    if not grading_pool().active:       # a worker that had no work was killed, and with it the pool
         grading_pool.cache_clear()
     chunks = [pairs[i:i + size] for i in range(0, len(pairs), size)]
     rewards = []
@@ -825,8 +764,73 @@ def grade_responses(reward_fn, responses, truths):
     errors = [reward for reward in rewards if isinstance(reward, str)]
     if len(errors) == len(rewards) >= 32:       # not a hard case here and there, but a reward function that does not work
         raise UserError(f"the reward function failed on every one of {len(rewards)} responses, first with {errors[0]}")
-    failed = {"reward": 0.0, "format_reward": 0.0, "answer_reward": 0.0}
-    return [failed if isinstance(reward, str) else reward for reward in rewards], len(errors)
+    no_reward = {"reward": 0.0, "format_reward": 0.0, "answer_reward": 0.0}
+    return [no_reward if isinstance(reward, str) else reward for reward in rewards], len(errors)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Data: JSON lines in, dicts out
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_jsonl(path, required, may_be_blank=None):
+    """The dicts of a JSON-lines file, each checked to hold non-empty strings (but for `may_be_blank`) under the `required` keys.
+
+    `required` lists alternatives, e.g. [("problem", "answer")]. Raises UserError naming the file and the line.
+    """
+    keys = " or ".join(" and ".join(map(repr, keys)) for keys in required)
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")         # splitlines() would split at a U+2028 inside of a string, too
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); "
+                        f"it should hold JSON lines with {keys or 'metrics'}") from error
+    records = []
+    for i, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:         # json's own error, or a number with more digits than Python converts
+            raise UserError(f"{path}, line {i}: not valid JSON ({error})") from error
+        if not isinstance(record, dict) or not any(
+                all(isinstance(record.get(k), str) and (record[k].strip() or k == may_be_blank) for k in names) for names in required):
+            raise UserError(f"{path}, line {i}: needs non-empty strings under {keys}")
+        records.append(record | {"line": i})
+    if not records:
+        raise UserError(f"{path}: holds no records")
+    return records
+
+
+def load_problems(path, prompt_name):
+    """Problems {"problem", "answer", "prompt", …} of a JSON-lines file; a problem is {"problem": str, "answer": str, …}.
+
+    A problem whose answer nothing could equal is reported and left out.
+    """
+    records = read_jsonl(path, [("problem", "answer")], may_be_blank="answer")
+    usable = {answer for answer in {record["answer"] for record in records} if grade(answer, answer)}
+    problems, unusable = ([record for record in records if (record["answer"] in usable) == wanted] for wanted in (True, False))
+    for record in unusable[:5]:
+        print(f"{path}, line {record['line']}: left out, since its answer {record['answer'][:60]!r} is empty, but for spelling")
+    if unusable:
+        print(f"{path}: {len(unusable)} of {len(problems) + len(unusable)} problems left out")
+    if not problems:
+        raise UserError(f"{path}: no problem has a usable answer")
+    return [problem | {"prompt": format_prompt(prompt_name, problem["problem"])} for problem in problems]
+
+
+def load_traces(path, prompt_name, reward_fn):
+    """SFT traces {"prompt", "response"}, with the prompt formatted here so that SFT and RL cannot drift apart.
+
+    A trace is {"problem", "response", "answer"}, or {"prompt", "response"} with a ready prompt. A response continues the prompt: with
+    r1_zero it starts after <think>. Raises UserError where it has not the answer format that `reward_fn` rewards.
+    """
+    traces = read_jsonl(path, [("problem", "response"), ("prompt", "response")])
+    for trace in traces:
+        if reward_fn(trace["response"], "")["format_reward"] != 1:
+            raise UserError(f"{path}, line {trace['line']}: the response has not the answer format of prompt {prompt_name}, "
+                            f"which {reward_fn.__name__} looks for")
+        trace.setdefault("prompt", format_prompt(prompt_name, trace.get("problem", "")))
+    return traces
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -855,11 +859,6 @@ def batch_token_ids(prompt_ids, response_ids, pad_id):
     return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "response_mask": mask[:, 1:]}   # (B, T) each
 
 
-def padding_id(tokenizer):
-    """The id to pad with: the tokenizer's own, else its end-of-sequence."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
 def tokenize_prompt_and_output(prompt_strs, output_strs, tokenizer):
     """Texts to {"input_ids", "labels", "response_mask"}, each (B, T); see batch_token_ids.
 
@@ -867,7 +866,7 @@ def tokenize_prompt_and_output(prompt_strs, output_strs, tokenizer):
     """
     prompt_ids = [tokenizer(text)["input_ids"] for text in prompt_strs]
     output_ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in output_strs]
-    return batch_token_ids(prompt_ids, output_ids, padding_id(tokenizer))
+    return batch_token_ids(prompt_ids, output_ids, tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -993,11 +992,11 @@ class SharedPrompts:
     the sum through the prompts. It is the same gradient as that of whole sequences, for a fraction of the work.
     """
 
-    def __init__(self, model, prompt_ids, pad_id, tokens_at_a_time=math.inf):
+    def __init__(self, model, prompt_ids, tokens_at_a_time=math.inf):
         device, self.config = model.device, model.config
         self.lengths = torch.tensor([len(ids) - 1 for ids in prompt_ids], device=device)                    # (P,)
         self.longest = int(self.lengths.max())
-        ids = torch.tensor([ids[:-1] + [pad_id] * (self.longest - len(ids) + 1) for ids in map(list, prompt_ids)], device=device)
+        ids = torch.tensor([ids[:-1] + [0] * (self.longest - len(ids) + 1) for ids in map(list, prompt_ids)], device=device)
         caches, self.outputs = [], []
         for some in ids.split(max(1, int(min(len(ids), tokens_at_a_time / self.longest)))) if self.longest else ():
             caches.append(DynamicCache(config=self.config))
@@ -1006,15 +1005,15 @@ class SharedPrompts:
                        for layers in zip(*(cache.layers for cache in caches))]      # (P, heads, longest, D) for each layer
         self.copies = [tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in pair) for pair in self.states]
 
-    def context(self, prompts, width):
-        """What the model's forward needs to know of the prompts with the given numbers (b,) when its inputs, (b, width), follow them."""
+    def context(self, numbers, width):
+        """What the model's forward needs to know of the prompts with these numbers (b,) when its inputs, (b, width), follow them."""
         cache = DynamicCache(config=self.config)
         for layer, (keys, values) in zip(cache.layers, self.copies):
-            layer.update(keys.index_select(0, prompts), values.index_select(0, prompts))
-        is_prompt = torch.arange(self.longest, device=prompts.device) < self.lengths[prompts, None]         # (b, longest)
+            layer.update(keys.index_select(0, numbers), values.index_select(0, numbers))
+        is_prompt = torch.arange(self.longest, device=numbers.device) < self.lengths[numbers, None]         # (b, longest)
         return {"past_key_values": cache, "use_cache": True,
-                "attention_mask": torch.cat([is_prompt, is_prompt.new_ones(len(prompts), width)], dim=1),
-                "position_ids": self.lengths[prompts, None] + torch.arange(width, device=prompts.device)}
+                "attention_mask": torch.cat([is_prompt, is_prompt.new_ones(len(numbers), width)], dim=1),
+                "position_ids": self.lengths[numbers, None] + torch.arange(width, device=numbers.device)}
 
     def backward(self):
         """Carries the gradients on the keys and values back through the prompts, where there are any."""
@@ -1028,6 +1027,13 @@ class SharedPrompts:
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. Losses: which tokens to push, and how hard
 # ----------------------------------------------------------------------------------------------------------------------
+
+# RL maximises the expected reward E[r] of a response that π samples. Its gradient is E[r · Σ ∇ log π(token)], over the tokens of the response:
+# sample, grade, and push every token of a response up in proportion to the response's reward (REINFORCE). To subtract from r what does not
+# depend on the response changes nothing on average and takes noise away. The mean reward of G responses to the same prompt is such a
+# baseline, but for a factor: the response is one of the G, which makes the gradient 1 − 1/G of the true one. r less the baseline is the
+# advantage A.
+# SFT pushes given tokens up as if each had A = 1; expert iteration does so with its own right responses, which is r with no baseline.
 
 
 def masked_normalize(tensor, mask, normalize_constant, dim=None):
@@ -1043,8 +1049,8 @@ def masked_mean(tensor, mask, dim=None):
 def sft_microbatch_train_step(policy_log_probs, response_mask, gradient_accumulation_steps, normalize_constant=1.0):
     """Backward of the negative log-likelihood of the responses. Its gradient pushes every response token's log-prob up equally.
 
-    Args: policy_log_probs and response_mask (B, T). gradient_accumulation_steps: microbatches per update; with b of the B sequences of
-    a train batch pass B / b, and the microbatches' losses add up to the train batch's mean.
+    Args: policy_log_probs and response_mask (B, T). gradient_accumulation_steps: microbatches per update; with b of the n sequences of
+    a train batch pass n / b, and the microbatches' losses add up to the train batch's mean.
     Returns (loss, metadata): the scaled loss that was back-propagated, a scalar, and the number of response tokens.
     """
     per_sequence = masked_normalize(-policy_log_probs, response_mask, normalize_constant, dim=-1)       # (B,)
@@ -1060,9 +1066,9 @@ def compute_group_normalized_rewards(reward_fn, rollout_responses, repeated_grou
         A = r − mean of the group                                                            without normalize_by_std, [DrGRPO]
 
     The standard deviation is the unbiased one (n − 1). A group of equal rewards has advantage 0: it says nothing about what to prefer.
-    Returns (advantages (N,), raw_rewards (N,), metadata): means and spread of the rewards as floats, the number of groups of equal
-    rewards and of failed gradings, and "rewards", the N reward dicts. Raises ValueError if N is not a multiple of G, or if a group of one is to be divided by
-    its standard deviation.
+    Returns (advantages (N,), raw_rewards (N,), metadata): the three mean rewards as floats, the number of groups of equal rewards and of
+    failed gradings, and "rewards", the N reward dicts. Raises ValueError if N is not a multiple of G, or if a group of one is to be
+    divided by its standard deviation.
     """
     if group_size < 1 or len(rollout_responses) % group_size or (normalize_by_std and group_size == 1):
         raise ValueError(f"{len(rollout_responses)} responses cannot be normalised in groups of {group_size}")
@@ -1076,9 +1082,7 @@ def compute_group_normalized_rewards(reward_fn, rollout_responses, repeated_grou
     equal = groups.amax(dim=1) == groups.amin(dim=1)
     advantages[equal] = 0.0
     means = {f"{key}_mean": sum(r[key] for r in rewards) / len(rewards) for key in ("reward", "format_reward", "answer_reward")}
-    metadata = {**means, "reward_std": raw_rewards.std(correction=0).item(), "reward_max": raw_rewards.max().item(),
-                "reward_min": raw_rewards.min().item(), "equal_reward_groups": int(equal.sum()), "grading_timeouts": failed,
-                "rewards": rewards}
+    metadata = {**means, "equal_reward_groups": int(equal.sum()), "grading_timeouts": failed, "rewards": rewards}
     return advantages.flatten(), raw_rewards, metadata
 
 
@@ -1106,8 +1110,8 @@ def compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprang
     """
     require_column(advantages)
     ratio = torch.exp(policy_log_probs - old_log_probs)
-    plain, clipped = ratio * advantages, ratio.clamp(1 - cliprange, 1 + cliprange) * advantages
-    return -torch.minimum(plain, clipped), {"ratio": ratio.detach(), "clipped": clipped.detach() < plain.detach()}
+    unclipped, clipped = ratio * advantages, ratio.clamp(1 - cliprange, 1 + cliprange) * advantages
+    return -torch.minimum(unclipped, clipped), {"clipped": clipped.detach() < unclipped.detach()}
 
 
 def compute_policy_gradient_loss(policy_log_probs, loss_type, raw_rewards=None, advantages=None, old_log_probs=None, cliprange=None):
@@ -1128,15 +1132,9 @@ def compute_policy_gradient_loss(policy_log_probs, loss_type, raw_rewards=None, 
     missing = [name for name, value in needs[loss_type].items() if value is None]
     if missing:
         raise ValueError(f"loss_type {loss_type} needs {', '.join(missing)}")
-    if loss_type == "no_baseline":
-        return compute_naive_policy_gradient_loss(raw_rewards, policy_log_probs), {}
-    if loss_type == "reinforce_with_baseline":
-        return compute_naive_policy_gradient_loss(advantages, policy_log_probs), {}
-    if loss_type == "grpo_clip":
-        return compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange)
-    require_column(advantages)
-    ratio = torch.exp(policy_log_probs - old_log_probs)
-    return -ratio * advantages, {"ratio": ratio.detach()}
+    if loss_type in ("no_baseline", "reinforce_with_baseline"):
+        return compute_naive_policy_gradient_loss(raw_rewards if loss_type == "no_baseline" else advantages, policy_log_probs), {}
+    return compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange if loss_type == "grpo_clip" else math.inf)
 
 
 def importance_weights(old_log_probs, sampler_log_probs, cap):
@@ -1257,10 +1255,11 @@ class TorchSampler:
             self.model = model
             return
         if self.model is None:
+            config = copy.deepcopy(model.config)            # from_config writes into it
             with model.device:
-                self.model = AutoModelForCausalLM.from_config(model.config, dtype=self.dtype, attn_implementation="grouped_sdpa")
-        for copy, parameter in zip(self.model.parameters(), model.parameters(), strict=True):       # one at a time
-            copy.copy_(whole(parameter))
+                self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, attn_implementation="grouped_sdpa").eval()
+        for own, parameter in zip(self.model.parameters(), model.parameters(), strict=True):       # one at a time
+            own.copy_(whole(parameter))
 
     @torch.no_grad()
     def generate(self, prompt_ids, n, seeds, temperature, max_tokens, min_tokens, stop):
@@ -1282,18 +1281,19 @@ class TorchSampler:
         device, tokenizer = self.model.device, self.tokenizer
         draws = draws.to(device).clamp(max=1 - 1e-6)
         # Only a token that holds the stop string's last character can complete it; the text is looked at after those alone.
-        may_stop = torch.tensor([stop is not None and stop[-1] in (s or "") for s in self.token_strings], device=device)
+        may_stop = torch.zeros(len(self.model.get_output_embeddings().weight), dtype=torch.bool, device=device)     # often more than the tokenizer's
+        may_stop[:len(self.token_strings)] = torch.tensor([stop is not None and stop[-1] in (s or "") for s in self.token_strings], device=device)
         rows = torch.arange(len(prompt_ids) * n, device=device)             # which response each row of the batch holds
         ids = torch.zeros(len(rows), max_tokens, dtype=torch.long, device=device)
         log_probs, lengths = torch.zeros(ids.shape, device=device), torch.full_like(rows, max_tokens)
         stopped = torch.zeros_like(rows, dtype=torch.bool)
-        prompts = SharedPrompts(self.model, prompt_ids, padding_id(tokenizer), tokens_at_a_time=4096)       # activations take memory
-        context = prompts.context(rows // n, max_tokens)
+        shared = SharedPrompts(self.model, prompt_ids, tokens_at_a_time=4096)       # activations take memory
+        context = shared.context(rows // n, max_tokens)
         cache, mask, positions = context["past_key_values"], context["attention_mask"], context["position_ids"]
         cache.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
         token = torch.tensor([prompt[-1] for prompt in prompt_ids], device=device)[rows // n]
         for t in range(max_tokens):
-            logits = self.model(token[:, None], attention_mask=mask[:, :prompts.longest + t + 1], position_ids=positions[:, t:t + 1],
+            logits = self.model(token[:, None], attention_mask=mask[:, :shared.longest + t + 1], position_ids=positions[:, t:t + 1],
                                 past_key_values=cache, use_cache=True).logits[:, -1].float()        # (rows, V)
             scaled = logits / (temperature or 1.0)
             normalizer = scaled.logsumexp(dim=-1)           # before the ban below: log-probs are the model's own
@@ -1528,14 +1528,19 @@ def log_step(args, record, last_step):
 
 
 def read_metrics(folder):
-    """The dicts of a run's metrics.jsonl."""
-    return read_jsonl(Path(folder, "metrics.jsonl"), [()])
+    """The dicts of a run's metrics.jsonl, each with the "seconds" and the "sampled_tokens" of all steps so far, without validations."""
+    records, seconds, tokens = read_jsonl(Path(folder, "metrics.jsonl"), [()]), 0.0, 0.0
+    for record in records:
+        seconds += record.get("time", 0.0)
+        tokens += record.get("tokens_per_second", 0.0) * record.get("time_sampling", 0.0)
+        record |= {"seconds": seconds, "sampled_tokens": tokens}
+    return records
 
 
-def plot_runs(runs, path):
+def plot_runs(runs, path, against="step"):
     """Draws the curves of runs into one picture: validation on top, then training reward, entropy and length.
 
-    runs: {label: folders}. Of several folders, seeds of one thing, it draws the mean ± one standard deviation.
+    runs: {label: folders}. Of several folders, seeds of one thing, it draws the mean ± one standard deviation. against: "step" or "seconds".
     """
     import matplotlib
     matplotlib.use("Agg")
@@ -1550,21 +1555,22 @@ def plot_runs(runs, path):
             steps = sorted({record["step"] for record in records if lookup(record, names) is not None})
             at_step = [[record for record in records if record["step"] == step] for step in steps]
             means = [statistics.fmean(lookup(record, names) for record in some) for some in at_step]
-            [line] = axis.plot(steps, means, marker="o" if len(steps) < 30 else None, markersize=3, label=label)
+            places = [statistics.fmean(record[against] for record in some) for some in at_step]
+            [line] = axis.plot(places, means, marker="o" if len(steps) < 30 else None, markersize=3, label=label)
             if names is ACCURACY and len(folders) == 1:
                 errors = [record["eval_stderr"] for [record] in at_step]
                 formats = [lookup(record, FORMAT) for [record] in at_step]
-                axis.plot(steps, formats, linestyle="--", color=line.get_color(), linewidth=1, label=f"{label}, format")
+                axis.plot(places, formats, linestyle="--", color=line.get_color(), linewidth=1, label=f"{label}, format")
             else:
                 errors = [statistics.stdev(lookup(record, names) for record in some) if len(some) > 1 else 0 for some in at_step]
-            axis.fill_between(steps, [m - e for m, e in zip(means, errors)], [m + e for m, e in zip(means, errors)], alpha=0.2)
+            axis.fill_between(places, [m - e for m, e in zip(means, errors)], [m + e for m, e in zip(means, errors)], alpha=0.2)
             axis.set_title(title, fontsize=9, loc="left")
     for axis, (_, names) in zip(axes, panels):
         axis.grid(alpha=0.3)
         if names is ACCURACY or names is REWARD:
             axis.set_ylim(0, 1.02)
     axes[0].legend(fontsize=8)
-    axes[-1].set_xlabel("step")
+    axes[-1].set_xlabel(against)
     partial = f"{path}.partial.png"
     figure.savefig(partial, dpi=110)
     plt.close(figure)
@@ -1598,18 +1604,11 @@ def save_checkpoint(path, model, tokenizer, optimizer=None, step=None):
     """
     def gather(tensors):
         """Sharded tensors put together one after the other, which every rank takes part in, and kept on rank 0."""
-        gathered = {}
-        for name, tensor in tensors.items():
-            tensor = whole(tensor)
-            if rank() == 0:
-                gathered[name] = tensor.detach().cpu()
-        return gathered
+        return {name: tensor.cpu() for name, tensor in ((name, whole(tensor.detach())) for name, tensor in tensors) if rank() == 0}
 
-    weights = gather(dict(model.named_parameters())) if hasattr(model, "sharded_base") else None       # None: its own
-    trainer_state = None
-    if optimizer is not None:
-        state = optimizer.state_dict()
-        trainer_state = {"optimizer": state | {"state": {i: gather(tensors) for i, tensors in state["state"].items()}}, "step": step}
+    reshard(model)          # else what the last forward pass has put together stands there, in bfloat16 perhaps
+    weights = gather(model.named_parameters()) if hasattr(model, "sharded_base") else None      # None: its own
+    state = {i: gather(tensors.items()) for i, tensors in optimizer.state_dict()["state"].items()} if optimizer else None
     if rank() > 0:
         return
     partial = Path(f"{path}.partial")
@@ -1617,8 +1616,8 @@ def save_checkpoint(path, model, tokenizer, optimizer=None, step=None):
     try:
         model.save_pretrained(partial, state_dict=weights)
         tokenizer.save_pretrained(partial)
-        if trainer_state:
-            torch.save(trainer_state, partial / "trainer_state.pt")
+        if optimizer:
+            torch.save({"optimizer": {"state": state}, "step": step}, partial / "trainer_state.pt")
         sums = "".join(f"{sha256(file)}  {file.name}\n" for file in sorted(partial.iterdir()))
         (partial / "SHA256SUMS").write_text(sums)
         for file in (*partial.iterdir(), partial):
@@ -1653,12 +1652,12 @@ def newest_checkpoint(folder):
 
 def load_trainer_state(path, optimizer):
     """Gives the optimizer what a checkpoint holds of its state, to each rank its shards of it."""
-    state = torch.load(path / "trainer_state.pt", map_location="cpu", weights_only=True)["optimizer"]
+    state = torch.load(path / "trainer_state.pt", map_location="cpu", weights_only=True)["optimizer"]["state"]
     for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
-        if isinstance(parameter, DTensor):
-            state["state"][i] = {name: distribute_tensor(tensor, parameter.device_mesh, parameter.placements) if tensor.ndim else tensor
-                                 for name, tensor in state["state"][i].items()}
-    optimizer.load_state_dict(state | {"param_groups": optimizer.state_dict()["param_groups"]})      # settings come from the flags
+        if isinstance(parameter, DTensor) and i in state:      # no state before the first update
+            state[i] = {name: distribute_tensor(tensor, parameter.device_mesh, parameter.placements) if tensor.ndim else tensor
+                        for name, tensor in state[i].items()}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})     # settings come from the flags
 
 
 def cut_back(path, step):
@@ -1669,10 +1668,9 @@ def cut_back(path, step):
     with open(path, encoding="utf-8", errors="replace") as old, open(partial, "w", encoding="utf-8") as new:
         for line in old:
             try:
-                later = json.loads(line)["step"] > step
+                if json.loads(line)["step"] > step:
+                    break
             except (ValueError, TypeError, KeyError):
-                break
-            if later:
                 break
             new.write(line)
     os.replace(partial, path)
@@ -1725,8 +1723,8 @@ class Run:
     halved: bool = False        # memory ran out before
 
 
-def load_run(args, weights=None):
-    """Model, tokenizer and sampler of a run, the weights from a checkpoint if one is given. Raises UserError where the model cannot be had."""
+def find_data(args):
+    """Makes data/arithmetic/ where it is used and not complete. Raises UserError for any other data file that is not there."""
     data_files = [vars(args)[flag] for flag in ("train_data", "val_data", "sft_data") if flag in vars(args) and not vars(args).get("question")]
     if rank() == 0 and any(path.startswith("data/arithmetic/") and not Path(path).exists() for path in (args.model, *data_files)):
         print("data/arithmetic/ is not complete yet: making it with prepare_data.py", flush=True)
@@ -1734,11 +1732,16 @@ def load_run(args, weights=None):
         prepare_arithmetic("data/arithmetic")
     from_all_ranks(None)        # waits for rank 0
     for path in data_files:
-        if not Path(path).is_file():            # before a model is downloaded
+        if not Path(path).is_file():
             known = {"data/MATH": "math", "data/GSM8K": "gsm8k"}.get(str(Path(path).parent))
             traces = " --traces SOURCE (--help lists the sources)" if Path(path).name.startswith("sft") else ""
             raise UserError(f"{path} is not there; " + (f"make it with: python prepare_data.py --dataset {known}{traces}" if known else
                                                         "it holds JSON lines, as README.md describes"))
+
+
+def load_run(args, weights=None):
+    """Model, tokenizer and sampler of a run, the weights from a checkpoint if one is given. Raises UserError where the model cannot be had."""
+    find_data(args)                     # before a model is downloaded
     grading_pool().schedule(int)        # starts the workers now, before this process holds a model and a GPU
     if args.device == "cpu" and sys.platform == "linux":
         # Freed memory stays with the process: to give large tensors back to the system and fetch them again costs a fifth of a step.
@@ -1753,26 +1756,22 @@ def load_run(args, weights=None):
         # float32 masters even on a GPU: at lr 1e-5 most AdamW steps are below half a bfloat16 ulp of the weight and would vanish.
         flash = args.device == "cuda" and args.dtype == "bfloat16" and is_flash_attn_2_available()
         attention = "flash_attention_2" if flash else "grouped_sdpa"
+        # It comes in evaluation mode and stays there: dropout would make π differ from the policy that sampled.
         model = AutoModelForCausalLM.from_pretrained(weights or args.model, dtype=torch.float32, attn_implementation=attention)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {args.model} cannot be loaded: {reason(error)}") from error
     transformers_logging.disable_progress_bar()
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {args.model}: its tokenizer has no end-of-sequence token")
-    for module in model.modules():          # dropout would make π differ from the policy that sampled
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
     if world_size() > 1 and args.algo != "eval":
         shard(model, args.dtype)
     else:
         model.to(args.device)
     ids = torch.arange(min(16, len(tokenizer)), device=args.device)[None]
     with torch.no_grad(), autocast(args):
-        plain, ours = (get_response_log_probs(model, ids[:, :-1], ids[:, 1:], response_mask=mask)["log_probs"] for mask in (None, ids[:, 1:] >= 0))
-    if not torch.allclose(plain, ours, atol=0.05):
-        raise UserError(f"--model {args.model} does more to its logits than multiply by the output head (a soft cap, say), which section 6 leaves out")
+        theirs, ours = (get_response_log_probs(model, ids[:, :-1], ids[:, 1:], response_mask=mask)["log_probs"] for mask in (None, ids[:, 1:] >= 0))
+    if not torch.allclose(theirs, ours, atol=0.05):
+        raise UserError(f"--model {args.model} does more to its logits than multiply by the output head (a soft cap, say): section 6 leaves that out")
     print(f"model {args.model}: {model.num_parameters() / 1e6:.1f}M parameters on {world_size()} × {args.device}, {args.dtype}, "
           f"attention {attention}", flush=True)
     return Run(args, model, tokenizer, make_sampler(args, tokenizer), *reward_fn_and_stop(args.prompt))
@@ -1813,11 +1812,11 @@ def start_training(args):
 
 
 def make_batch(run, prompt_ids, response_ids):
-    """(batch, prompts): the responses as batch_token_ids, each after its prompt's last token, with "prompt" (N, 1), the number of its prompt
-    among the distinct ones, and those prompts' token ids."""
+    """(batch, prompts). prompts: the token ids of the distinct prompts. batch: batch_token_ids of each response behind its prompt's last token (the
+    rest of the prompt comes from SharedPrompts) and "prompt" (N, 1), its place in prompts."""
     numbers = {}
     prompt = [[numbers.setdefault(tuple(ids), len(numbers))] for ids in prompt_ids]
-    batch = batch_token_ids([ids[-1:] for ids in prompt_ids], response_ids, padding_id(run.tokenizer)) | {"prompt": torch.tensor(prompt)}
+    batch = batch_token_ids([ids[-1:] for ids in prompt_ids], response_ids, 0) | {"prompt": torch.tensor(prompt)}
     return {name: tensor.to(run.args.device) for name, tensor in batch.items()}, list(numbers)
 
 
@@ -1850,11 +1849,8 @@ def microbatches(run, batch, prompts):
         if args.gradient_accumulation_steps:
             n = math.ceil(args.train_batch_size / args.gradient_accumulation_steps / world_size())
             return [(sorted({prompt_of[i] for i in part}), [part]) for part in (rows[i:i + n] for i in range(0, len(rows), n))]
-        groups = []
-        for some in split_by_tokens(sorted({prompt_of[i] for i in rows}), [len(ids) for ids in prompts], args.tokens_per_microbatch):
-            chosen = set(some)
-            groups.append((some, split_by_tokens([i for i in rows if prompt_of[i] in chosen], lengths, args.tokens_per_microbatch)))
-        return groups
+        return [(some, split_by_tokens([i for i in rows if prompt_of[i] in some], lengths, args.tokens_per_microbatch))
+                for some in split_by_tokens(sorted({prompt_of[i] for i in rows}), [len(ids) for ids in prompts], args.tokens_per_microbatch)]
 
     # A rank has the responses to every N-th prompt. It makes as many passes as the busiest rank, since those fetch its weights: where it has
     # nothing left to do, with a response of which nothing counts.
@@ -1863,14 +1859,13 @@ def microbatches(run, batch, prompts):
         groups = [plan[group] if group < len(plan) else (prompt_of[:1], []) for plan in plans]
         some, parts = groups[rank()]
         with autocast(args):
-            shared = SharedPrompts(run.model, [prompts[p] for p in some], padding_id(run.tokenizer))
-        place = {p: i for i, p in enumerate(some)}
+            shared = SharedPrompts(run.model, [prompts[p] for p in some])
         for i in range(max(len(parts) for _, parts in groups)):
             part = parts[i] if i < len(parts) else [parts[0][0] if parts else 0]
             micro = take(batch, torch.tensor(part, device=args.device))
             if i >= len(parts):
                 micro["response_mask"] = torch.zeros_like(micro["response_mask"])
-            numbers = torch.tensor([place[prompt_of[i]] for i in part], device=args.device)
+            numbers = torch.tensor([some.index(prompt_of[row]) for row in part], device=args.device)
             yield micro | {"context": shared.context(numbers, micro["labels"].shape[1])}
         shared.backward()
 
@@ -1903,15 +1898,15 @@ def train_on(run, batch, prompts, temperature, train_step):
 
 
 def accumulation_steps(batch, mask):
-    """What makes the losses of microbatches with these masks add up to the mean over the whole batch: B / b. FSDP averages over the ranks."""
+    """The steps' argument gradient_accumulation_steps for a microbatch with this mask: n / b, see there. FSDP averages over the ranks."""
     return len(batch["labels"]) / len(mask) / world_size()
 
 
 MAX_SKIPPED = 5             # updates in a row without a finite gradient that end a run
 
 
-def optimizer_step(run, learning_rate):
-    """Clips the accumulated gradient and applies it; a gradient that is not finite is dropped. Returns its norm before clipping."""
+def optimizer_step(run, learning_rate, loss):
+    """Clips the accumulated gradient and applies it, unless it or the loss is not finite. Returns its norm before clipping."""
     reshard(run.model)
     parameters = run.optimizer.param_groups[0]["params"]
     for parameter in parameters:
@@ -1919,13 +1914,14 @@ def optimizer_step(run, learning_rate):
             parameter.grad = torch.zeros_like(parameter)
     grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, run.args.gradient_clip_value)).item()
     run.optimizer.param_groups[0]["lr"] = learning_rate
-    run.skipped = 0 if math.isfinite(grad_norm) else run.skipped + 1
+    run.skipped = 0 if math.isfinite(grad_norm + loss) else run.skipped + 1
     if not run.skipped:
         run.optimizer.step()
     run.optimizer.zero_grad()
     if run.skipped == MAX_SKIPPED:
-        raise UserError(f"the gradient of {MAX_SKIPPED} updates in a row was not finite (the last norm: {grad_norm}), so none of them was applied: "
-                        "the weights or the log-probs have overflowed; a lower --learning_rate may help. What was saved before is intact")
+        raise UserError(f"the gradient of {MAX_SKIPPED} updates in a row was not finite (last norm {grad_norm}, loss {loss}), so none of them was applied: "
+                        " the weights or the log-probs have overflowed; a lower --learning_rate may help. What was saved before "
+                        "is intact")
     return grad_norm
 
 
@@ -1935,13 +1931,12 @@ def learning_rate_at(args, step, last_step):
 
 
 def update_metrics(updates):
-    """Averages the metrics of a step's updates: per-token ones over all their response tokens, the rest over the updates."""
+    """Averages the metrics of a step's updates: entropy and clipping over all their response tokens, loss and norm over the updates that were
+    applied. The gap to the sampler is the first update's, before the weights moved."""
     tokens = sum(u["tokens"] for u in updates)
-    applied = [u["grad_norm"] for u in updates if math.isfinite(u["grad_norm"])]
-    return {"loss": sum(u["loss"] for u in updates) / len(updates),
-            "token_entropy": sum(u["entropy_sum"] for u in updates) / tokens,
-            "clip_fraction": sum(u["clipped"] for u in updates) / tokens,
-            "grad_norm": sum(applied) / len(applied) if applied else None,
+    applied = [u for u in updates if math.isfinite(u["grad_norm"] + u["loss"])]
+    means = {name: sum(u[name] for u in applied) / len(applied) if applied else None for name in ("loss", "grad_norm")}
+    return {**means, "token_entropy": sum(u["entropy_sum"] for u in updates) / tokens, "clip_fraction": sum(u["clipped"] for u in updates) / tokens,
             "skipped_updates": len(updates) - len(applied), **updates[0].get("gap", {})}
 
 
@@ -1972,7 +1967,7 @@ def logprob_gap(log_probs, sampler_log_probs, response_mask, min_tokens):
     """|log π − log π_sampler| of the response tokens, flat. The first min_tokens are left out: end-of-sequence is banned there, and vLLM's
     log-probs are those of the tokens that are left."""
     counted = response_mask & (response_mask.cumsum(dim=1) > min_tokens)
-    return (log_probs - sampler_log_probs).detach()[counted].abs()
+    return (log_probs - sampler_log_probs)[counted].abs()
 
 
 def check_gap(args, gaps):
@@ -2026,6 +2021,17 @@ EVAL_NAMES = {      # each algorithm's names for what `evaluate` measures
 }
 
 
+def finish_run(run):
+    """Saves the final model and says what came out."""
+    folder = run.args.output_dir
+    save_checkpoint(Path(folder, "final_model"), run.model, run.tokenizer)
+    if rank() == 0:
+        validated = [record for record in read_metrics(folder) if lookup(record, ACCURACY) is not None]
+        first, last = (lookup(validated[i], ACCURACY) for i in (0, -1))
+        print(f"done: accuracy {first:.3f} -> {last:.3f} on {validated[-1]['eval_problems']} unseen problems; "
+              f"{folder}/final_model, curves.png, metrics.jsonl, samples.jsonl")
+
+
 def finish_step(run, record, checkpoint):
     """Validates the weights as they are after the update, logs the step's dict, and saves, each as often as asked for."""
     args, step = run.args, record["step"]
@@ -2054,18 +2060,8 @@ def finish_step(run, record, checkpoint):
         print(f"stopped after step {step}, as {signal.Signals(stopping).name} asked for; --resume goes on from there", flush=True)
         leave_ranks(128 + stopping)
         sys.exit(128 + stopping)
-    if step and step == run.last_step:
+    if step == run.last_step:
         finish_run(run)
-
-
-def finish_run(run):
-    """Saves the final model and says what came out."""
-    folder = run.args.output_dir
-    save_checkpoint(Path(folder, "final_model"), run.model, run.tokenizer)
-    if rank() == 0:
-        first, *_, last = read_metrics(folder)
-        print(f"done: accuracy {lookup(first, ACCURACY):.3f} -> {lookup(last, ACCURACY):.3f} on {last['eval_problems']} unseen problems; "
-              f"{folder}/final_model, curves.png, metrics.jsonl, samples.jsonl")
 
 
 def stop_on_signals(run):
@@ -2098,7 +2094,8 @@ def start_logging(run, last_step):
         open_output_dir(args, run.step)
         if args.wandb_project:
             import wandb
-            wandb.init(project=args.wandb_project, config=vars(args), dir=args.output_dir, resume="auto")      # "auto": a run that was cut off
+            # "auto" goes on with a run that was cut off; a run before this one in the same process (--compare) is finished
+            wandb.init(project=args.wandb_project, config=vars(args), dir=args.output_dir, resume="auto", reinit="finish_previous")
     stop_on_signals(run)
     if run.step == 0:
         finish_step(run, {"step": 0}, checkpoint=None)
@@ -2122,7 +2119,7 @@ def sft_update(run, examples, learning_rate):
         return sft_microbatch_train_step(log_probs, mask, accumulation_steps(batch, mask), normalize_constant=tokens / len(examples))
 
     loss, entropy_sum, _ = train_on(run, batch, prompts, 1.0, train_step)
-    return {"loss": loss, "entropy_sum": entropy_sum, "clipped": 0, "tokens": tokens, "grad_norm": optimizer_step(run, learning_rate)}
+    return {"loss": loss, "entropy_sum": entropy_sum, "clipped": 0, "tokens": tokens, "grad_norm": optimizer_step(run, learning_rate, loss)}
 
 
 def train_sft(args):
@@ -2143,7 +2140,7 @@ def train_sft(args):
 
     for step in start_logging(run, args.sft_epochs * per_epoch):
         started = time.perf_counter()
-        epoch, i = divmod(step - 1, per_epoch)
+        epoch, i = divmod(step - 1, per_epoch)      # a new order in each epoch, which a resumed run finds again by its seed
         shuffled = random.Random(seed_for(args.seed, epoch, "order of traces")).sample(examples, len(examples))
         learning_rate = learning_rate_at(args, step, run.last_step)
         metrics = update_metrics([sft_update(run, shuffled[i * args.train_batch_size:(i + 1) * args.train_batch_size], learning_rate)])
@@ -2164,15 +2161,19 @@ def train_expert_iteration(args):
     problems = load_sampling_problems(run, args.train_data, at_least=args.ei_batch_size)
 
     for step in start_logging(run, args.n_ei_steps):
+        # 1. Sample a few responses to each of some problems, from the policy as it is now.
         started = time.perf_counter()
         rollouts, repeated = sample_for_training(run, problems, args.ei_batch_size, args.num_rollouts, step)
-        gap = check_sampler(run, rollouts, args.sampling_temperature)
         sampled = time.perf_counter()
+        gap = check_sampler(run, rollouts, args.sampling_temperature)
+
+        # 2. Grade the text, keep the token ids of what is right.
         rewards, failed = grade_responses(run.reward_fn, [r.text for r in rollouts], [p["answer"] for p in repeated])
         graded = time.perf_counter()
         log_generations(Path(args.output_dir, "samples.jsonl"), step, "training", rollouts, rewards, repeated)
-
         correct = [(r.prompt_ids, r.response_ids) for r, reward in zip(rollouts, rewards) if reward["reward"] == 1]
+
+        # 3. Fine-tune on it. The optimizer's state goes on from step to step.
         learning_rate = learning_rate_at(args, step, run.last_step)
         updates = []
         for epoch in range(args.sft_epochs):
@@ -2183,6 +2184,8 @@ def train_expert_iteration(args):
         if not updates:
             print(f"step {step}: none of {len(rollouts)} samples is right, so there is nothing to learn from")
         trained = time.perf_counter()
+
+        # 4. Validate, log and save.
         metrics["ei/sft_loss"] = metrics.pop("loss")
         finish_step(run, {"step": step, "time": trained - started, "time_sampling": sampled - started, "time_grading": graded - sampled,
                           "time_training": trained - graded, "ei/avg_reward": sum(r["reward"] for r in rewards) / len(rewards),
@@ -2223,7 +2226,7 @@ def grpo_update(run, batch, prompts, learning_rate):
     loss, entropy_sum, clipped = sums.tolist()
     gap = check_gap(args, torch.cat(from_all_ranks(torch.cat(gaps).cpu())))
     return {"loss": loss, "entropy_sum": entropy_sum, "clipped": clipped, "tokens": int(batch["response_mask"].sum()), "gap": gap,
-            "grad_norm": optimizer_step(run, learning_rate)}
+            "grad_norm": optimizer_step(run, learning_rate, loss)}
 
 
 def train_grpo(args):
@@ -2234,22 +2237,29 @@ def train_grpo(args):
     off_policy = args.epochs_per_rollout_batch * (args.rollout_batch_size // args.train_batch_size) > 1
 
     for step in start_logging(run, args.n_grpo_steps):
+        # 1. Sample a group of G responses to each of some problems, from the policy as it is now: after this it is π_old.
         started = time.perf_counter()
         rollouts, repeated = sample_for_training(run, problems, prompts_per_step, args.group_size, step)
         sampled = time.perf_counter()
+
+        # 2. Grade them and compare each with its group.
         advantages, raw_rewards, reward_metadata = compute_group_normalized_rewards(
             run.reward_fn, [r.text for r in rollouts], [p["answer"] for p in repeated], args.group_size, args.advantage_eps,
             args.use_std_normalization and args.group_size > 1)
         time_grading = time.perf_counter() - sampled
         log_generations(Path(args.output_dir, "samples.jsonl"), step, "training", rollouts, reward_metadata["rewards"], repeated)
 
+        # 3. Put the rollouts, their advantages and the sampler's log-probs into tensors, a row for each response.
         batch, prompts = make_batch(run, [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])
-        batch |= {"row": torch.arange(len(rollouts))[:, None].to(args.device), "raw_rewards": raw_rewards[:, None].to(args.device),      # (N, 1)
-                  "advantages": advantages[:, None].to(args.device), "sampler_log_probs": place_log_probs(rollouts, batch["response_mask"])}
-        if off_policy:          # π_old is the policy before the first update: its log-probs are computed once, for the whole rollout batch
+        batch |= {"raw_rewards": raw_rewards[:, None].to(args.device), "advantages": advantages[:, None].to(args.device),        # (N, 1) each
+                  "sampler_log_probs": place_log_probs(rollouts, batch["response_mask"])}
+        if off_policy:          # from the second update on π is not π_old any more: the latter's log-probs are computed now, for all rollouts
+            # train_on makes the forward passes; in the place of a loss `keep` writes each microbatch's log-probs into its rows. A rank fills the
+            # rows of its own prompts only, and it trains on those alone.
             old_log_probs = torch.zeros(batch["labels"].shape, device=args.device)
+            batch["row"] = torch.arange(len(rollouts), device=args.device)[:, None]
 
-            def keep(micro, log_probs, old_log_probs=old_log_probs):
+            def keep(micro, log_probs):
                 rows, positions = micro["response_mask"].nonzero(as_tuple=True)
                 old_log_probs[micro["row"].flatten()[rows], positions] = log_probs[rows, positions]
                 return torch.zeros(()), {}
@@ -2258,12 +2268,15 @@ def train_grpo(args):
                 train_on(run, batch, prompts, args.sampling_temperature, keep)
             batch["old_log_probs"] = old_log_probs
 
+        # 4. Update the policy: once on-policy, or once for each train batch in each epoch.
         learning_rate, updates = learning_rate_at(args, step, run.last_step), []
         for epoch in range(args.epochs_per_rollout_batch):
             order = torch.randperm(len(rollouts), generator=torch.Generator().manual_seed(seed_for(args.seed, step, f"epoch {epoch}")))
             for rows in order.split(args.train_batch_size):
                 updates.append(grpo_update(run, take(batch, rows), prompts, learning_rate))
         finished = time.perf_counter()
+
+        # 5. Validate, log and save.
         finish_step(run, {"step": step, "time": finished - started, "time_sampling": sampled - started, "time_grading": time_grading,
                           "time_training": finished - sampled - time_grading, "train_reward_total": reward_metadata["reward_mean"],
                           "train_reward_format": reward_metadata["format_reward_mean"], "train_reward_answer": reward_metadata["answer_reward_mean"],
@@ -2311,21 +2324,19 @@ ALGORITHMS = {"eval": run_eval, "sft": train_sft, "ei": train_expert_iteration, 
 def table_row(folders, target):
     """What came of some runs, as the cells of a row of compare's table: mean ± standard deviation over the runs."""
     def cell(values, form):
-        values = [value for value in values if value is not None]
+        values = [value for value in values if value is not None and math.isfinite(value)]
         spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-        return f"{statistics.fmean(values):{form}}{spread}" + (f" ({len(values)} of {len(folders)})" if len(values) < len(folders) else "") if values else "–"
+        share = f" ({len(values)} of {len(folders)})" if len(values) < len(folders) else ""
+        return f"{statistics.fmean(values):{form}}{spread}{share}" if values else "–"
 
     runs = [read_metrics(folder) for folder in folders]
     ends = [[record for record in run if lookup(record, ACCURACY) is not None][-1] for run in runs]
     reached = [next((i for i, record in enumerate(run) if (lookup(record, ACCURACY) or 0) >= target), None) for run in runs]
-    seconds = [list(itertools.accumulate(record.get("time", 0.0) for record in run)) for run in runs]
-    tokens = [sum(record.get("tokens_per_second", 0) * record.get("time_sampling", 0) for record in run) for run in runs]
     return [cell([100 * lookup(end, ACCURACY) for end in ends], ".1f"), cell([100 * lookup(end, FORMAT) for end in ends], ".1f"),
-            cell([None if i is None else run[i]["step"] for i, run in zip(reached, runs)], ".0f"),
-            cell([None if i is None else times[i] for i, times in zip(reached, seconds)], ".0f"), cell([times[-1] for times in seconds], ".0f"),
-            cell([count / 1e3 for count in tokens], ".0f"), cell([run[-1].get("token_entropy") for run in runs], ".3f"),
-            cell([end["eval_response_length"] for end in ends], ".1f"),
-            cell([statistics.fmean(record["grad_norm"] for record in run if record.get("grad_norm") is not None) for run in runs], ".2f")]
+            *(cell([None if i is None else run[i][key] for i, run in zip(reached, runs)], ".0f") for key in ("step", "seconds")),
+            cell([end["seconds"] for end in ends], ".0f"), cell([end["sampled_tokens"] / 1e3 for end in ends], ".0f"),
+            cell([run[-1].get("token_entropy") for run in runs], ".3f"), cell([end["eval_response_length"] for end in ends], ".1f"),
+            cell([statistics.fmean([r["grad_norm"] for r in run if r.get("grad_norm") is not None] or [math.nan]) for run in runs], ".2f")]
 
 
 def compare(args, argv):
@@ -2343,23 +2354,24 @@ def compare(args, argv):
             output_dir = folder / f"{flag}={value}".replace("/", "_") / f"seed{seed}"
             with contextlib.redirect_stdout(None):
                 run = parse_args([*rest, f"--{flag}={value}", "--seed", str(seed), "--output_dir", str(output_dir)])
-            if run.algo == "eval":
-                raise UserError("--compare compares training runs: --algo sft, ei or grpo")
+            if run.algo == "eval" or run.overwrite:
+                raise UserError("--compare compares training runs, --algo sft, ei or grpo, and goes on with those that are there: no --overwrite")
             run.resume = True
             for key, before in read_settings(run).items():
-                if vars(run).get(key) != before:
+                if key != "output_dir" and vars(run).get(key) != before:
                     raise UserError(f"{output_dir} holds a run with --{key} {before}, not {vars(run).get(key)}; choose another --output_dir")
             variants.setdefault(f"{flag}={value}", []).append(run)
     for runs in variants.values():
         for run in runs:
             print(f"--- {run.output_dir}", flush=True)
-            ALGORITHMS[run.algo](run)
+            with one_sentence("align.py"):          # which gives the signals their handlers back
+                ALGORITHMS[run.algo](run)
     if rank() > 0:
         return
     folders = {label: [run.output_dir for run in runs] for label, runs in variants.items()}
-    plot_runs(folders, folder / "compare.png")
-    header = ["", "accuracy %", "in the format %", f"steps to {args.target:.0%}", f"seconds to {args.target:.0%}", "seconds", "sampled tokens, thousands",
-              "entropy at the end", "length at the end", "gradient norm"]
+    plot_runs(folders, folder / "compare.png", against="seconds" if flag == "algo" else "step")       # a step of theirs is not one thing
+    header = ["", "accuracy %", "in the format %", f"steps to {args.target:.0%}", f"seconds to {args.target:.0%}", "seconds",
+              "sampled tokens, thousands", "entropy at the end", "length at the end", "gradient norm"]
     rows = [header, ["---"] * len(header), *([label, *table_row(runs, args.target)] for label, runs in folders.items())]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     Path(folder, "compare.md").write_text(f"`python align.py {' '.join(argv)}`\n\n{table}\n", encoding="utf-8")

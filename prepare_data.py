@@ -290,7 +290,7 @@ def read_records(path, left_out):
     except ValueError:
         pass                # not one document: a document a line
     records = []
-    for i, line in enumerate(text.splitlines(), start=1):
+    for i, line in enumerate(text.split("\n"), start=1):       # as align.read_jsonl
         try:
             records += [json.loads(line)] if line.strip() else []
         except ValueError as error:

@@ -162,7 +162,7 @@ def test_help_shows_every_knob_with_the_defaults_of_both_presets():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2 and 3. Prompts and data
+# 2 and 4. Prompts and data
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -200,13 +200,15 @@ def test_traces_get_their_prompt_at_load_time_and_must_have_the_answer_format(tm
     ready = {"prompt": "Q: 1+1?", "response": " 2 </think> <answer> 2 </answer>"}
     path.write_text(f"{json.dumps(good)}\n{json.dumps(ready)}\n")
     assert [t["prompt"] for t in align.load_traces(path, "tiny", align.r1_zero_reward_fn)] == ["User: 1+1?\nAssistant: <think>", "Q: 1+1?"]
+    path.write_text(json.dumps(ready | {"prompt": "1\u2028+1?"}, ensure_ascii=False), encoding="utf-8")      # a line separator of Unicode, not of the file
+    assert align.load_traces(path, "tiny", align.r1_zero_reward_fn)[0]["prompt"] == "1\u2028+1?"
     path.write_text(f"{json.dumps(good)}\n{json.dumps(good | {'response': 'It is 2.'})}\n")
     with pytest.raises(align.UserError, match="line 2: the response has not the answer format"):
         align.load_traces(path, "tiny", align.r1_zero_reward_fn)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. Grading
+# 3. Grading
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -335,16 +337,17 @@ def test_grading_works_from_a_thread_and_with_a_function_that_cannot_be_pickled(
     assert "local_reward_fn cannot be pickled: it grades in this process" in capsys.readouterr().out
 
 
-def test_workers_that_a_signal_ended_are_replaced_and_cost_no_reward():
-    """A scheduler sends SIGTERM to every process of a job. Killed without work or at work, noticed by the pool or not yet."""
+def test_workers_ignore_the_sigterm_of_a_scheduler_and_killed_ones_are_replaced():
     right = ["good"] * 64
-    for wait in (0, 0.001, 0.01, 0.05, 0.2, 0.5):
+    for number, wait in ((signal.SIGTERM, 0), (signal.SIGTERM, 0.2), (signal.SIGKILL, 0.5)):
         align.grade_responses(misbehaving_reward_fn, right[:1], [""])
-        for worker in align.multiprocessing.active_children():
-            os.kill(worker.pid, signal.SIGTERM)
+        workers = {worker.pid for worker in align.multiprocessing.active_children()}
+        for pid in workers:
+            os.kill(pid, number)
         time.sleep(wait)
         rewards, failed = align.grade_responses(misbehaving_reward_fn, right, [""] * 64)
-        assert failed == 0 and all(r["reward"] == 1 for r in rewards), wait
+        assert failed == 0 and all(r["reward"] == 1 for r in rewards)
+        assert (workers <= {worker.pid for worker in align.multiprocessing.active_children()}) == (number == signal.SIGTERM)
 
 
 def test_workers_are_gone_when_the_run_ends_or_is_killed(tmp_path):
@@ -355,10 +358,11 @@ def test_workers_are_gone_when_the_run_ends_or_is_killed(tmp_path):
             "    if sys.argv[2] == 'kill': align.grading_pool().schedule(test_align.misbehaving_reward_fn, args=('hang', '')); time.sleep(1)\n"
             "    if sys.argv[2] == 'kill': os.kill(os.getpid(), 9)\n")
     (tmp_path / "grader.py").write_text(code)
-    for ending in ("exit", "kill"):
-        done = subprocess.run([sys.executable, tmp_path / "grader.py", str(ROOT), ending], capture_output=True, text=True, timeout=60)
-        workers = done.stdout.split()
-        assert workers, done.stderr
+    runs = {ending: subprocess.Popen([sys.executable, tmp_path / "grader.py", str(ROOT), ending], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for ending in ("exit", "kill")}
+    for ending, run in runs.items():
+        out, err = run.communicate(timeout=60)
+        assert (workers := out.split()), err
         for _ in range(50):
             if not any(Path(f"/proc/{pid}").exists() for pid in workers):
                 break
@@ -1046,16 +1050,19 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_intact(tmp_pa
     AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint_1")
 
 
-def test_a_gradient_that_is_not_finite_is_dropped_and_counted():
+@pytest.mark.parametrize("factor, loss", [(math.inf, 1.0), (1.0, math.nan)])
+def test_a_gradient_or_loss_that_is_not_finite_is_dropped_and_counted(factor, loss):
     args = align.parse_args(["--algo", "sft", "--preset", "tiny"])
     model = random_model(4)
     run = align.Run(args, model, None, None, None, None, torch.optim.AdamW(model.parameters()))
     before = [p.clone() for p in model.parameters()]
-    (sum(p.sum() for p in model.parameters()) * math.inf).backward()
-    grad_norm = align.optimizer_step(run, 1e-3)
-    assert not math.isfinite(grad_norm) and all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
-    update = {"loss": 1.0, "entropy_sum": 0.0, "clipped": 0, "tokens": 5, "grad_norm": grad_norm}
-    assert align.update_metrics([update, update | {"grad_norm": 2.0, "tokens": 15, "entropy_sum": 40.0}])["skipped_updates"] == 1
+    (sum(p.sum() for p in model.parameters()) * factor).backward()
+    grad_norm = align.optimizer_step(run, 1e-3, loss)
+    assert run.skipped == 1 and all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    update = {"loss": loss, "entropy_sum": 0.0, "clipped": 0, "tokens": 5, "grad_norm": grad_norm}
+    metrics = align.update_metrics([update, {"loss": 3.0, "entropy_sum": 40.0, "clipped": 0, "tokens": 15, "grad_norm": 2.0}])
+    assert (metrics["skipped_updates"], metrics["loss"], metrics["grad_norm"], metrics["token_entropy"]) == (1, 3.0, 2.0, 2.0)
+    assert align.update_metrics([update])["loss"] is None
 
 
 def test_a_run_whose_gradients_stay_infinite_stops_with_the_reason_and_never_applies_one():
@@ -1066,7 +1073,7 @@ def test_a_run_whose_gradients_stay_infinite_stops_with_the_reason_and_never_app
 
     def update(factor):
         (sum(p.sum() for p in model.parameters()) * factor).backward()
-        align.optimizer_step(run, 0.0)
+        align.optimizer_step(run, 0.0, 1.0)
 
     for factor in [math.nan] * 4 + [1.0] + [math.inf] * 4:      # four in a row are not five
         update(factor)
@@ -1245,6 +1252,10 @@ def test_run_passes_over_a_damaged_checkpoint_and_saves_it_again(embedded, tmp_p
     assert (tmp_path / "damaged/final_model/model.safetensors").read_bytes() == (tmp_path / "whole/final_model/model.safetensors").read_bytes()
     align.main(["--algo", "grpo", "--resume", "--n_grpo_steps", "4", "--lr_schedule", "constant", "--output_dir", str(tmp_path / "damaged")])     # and on
     assert [r["step"] for r in metrics_of(tmp_path / "damaged")] == [0, 1, 2, 3, 4]
+    for name in ("final_model", "checkpoint_step_3", "checkpoint_step_4"):          # stopped after step 2, which was not validated, and done with it
+        shutil.rmtree(tmp_path / "damaged" / name, ignore_errors=True)
+    align.main(["--algo", "grpo", "--resume", "--n_grpo_steps", "2", "--output_dir", str(tmp_path / "damaged")])
+    assert (tmp_path / "damaged/final_model").exists() and "done: accuracy" in capsys.readouterr().out
 
 
 def test_run_on_a_full_disk_ends_in_one_sentence_and_can_be_resumed(embedded, tmp_path, monkeypatch):
@@ -1274,7 +1285,8 @@ def test_compare_runs_each_variant_with_each_seed_once_and_tabulates_means_and_s
     argv = ["--algo", "grpo", "--preset", "tiny", "--n_grpo_steps", "2", "--rollout_batch_size", "32", "--train_batch_size", "32", "--validation_size", "64",
             "--validation_frequency", "1", "--output_dir", str(tmp_path), "--target", "0.2"]
     for wrong, message in ((["--compare", "group_size=8,7"], "--group_size 7 does not divide"), (["--compare", "group-size"], "should be FLAG=A,B"),
-                           (["--compare", "algo=grpo,eval"], "n_grpo_steps is not used by --algo eval"), (["--seeds", "2"], "--seeds is only used with --compare")):
+                           (["--compare", "algo=grpo,eval"], "n_grpo_steps is not used by --algo eval"), (["--seeds", "2"], "--seeds is only used with --compare"),
+                           (["--compare", "group_size=4,8", "--overwrite"], "no --overwrite")):
         with pytest.raises(SystemExit):
             align.main([*argv, *wrong])
         assert message in capsys.readouterr().err and list(tmp_path.iterdir()) == []
@@ -1291,6 +1303,16 @@ def test_compare_runs_each_variant_with_each_seed_once_and_tabulates_means_and_s
         reached = [next((r["step"] for r in run if r["val_reward_answer"] >= 0.2), None) for run in pair]
         assert row[3].split()[0] == f"{statistics.mean(step for step in reached if step is not None):.0f}"
     assert runs[0][0][0]["val_reward_answer"] != runs[0][1][0]["val_reward_answer"]         # seeds differ
+    seconds = [sum(record.get("time", 0) for record in runs[1][0][:i + 1]) for i in range(len(runs[1][0]))]
+    assert [r["seconds"] for r in align.read_metrics(tmp_path / "learning_rate=1e-3/seed0")] == pytest.approx(seconds)
+    from matplotlib.axes import Axes
+    drawn, real = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axis, x, y, **style: drawn.append((list(x), list(y))) or real(axis, x, y, **style))
+    folders = [tmp_path / f"learning_rate=1e-3/seed{seed}" for seed in (0, 1)]
+    align.plot_runs({"both": folders}, tmp_path / "seconds.png", against="seconds")
+    (x, y), other = drawn[0], [align.read_metrics(folder) for folder in folders]
+    assert x == pytest.approx([(a["seconds"] + b["seconds"]) / 2 for a, b in zip(*other)])
+    assert y == pytest.approx([(a["val_reward_answer"] + b["val_reward_answer"]) / 2 for a, b in zip(*other)])
     capsys.readouterr()
     shutil.rmtree(tmp_path / "learning_rate=0/seed1")                                          # as if it had not been run yet
     align.main(argv)
@@ -1401,10 +1423,10 @@ def test_run_of_several_ranks_dies_as_a_whole_with_one_message_when_one_is_kille
         sys.path.insert(0, {str(ROOT)!r})
         import align
         real = align.optimizer_step
-        def optimizer_step(run, learning_rate):
+        def optimizer_step(run, *rest):
             if os.environ["RANK"] == "1" and len(open(sys.argv[-1] + "/metrics.jsonl").readlines()) == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return real(run, learning_rate)
+            return real(run, *rest)
         align.optimizer_step = optimizer_step
         align.main()""")
     started = time.monotonic()
@@ -1451,30 +1473,33 @@ def test_preparing_again_changes_nothing(embedded):
     assert before == {p: p.stat().st_mtime_ns for p in embedded.rglob("*")}
 
 
-def test_run_eval(embedded, tmp_path):
+def test_run_eval(embedded, tmp_path, monkeypatch, capsys):
     done = align_command("--algo", "eval", "--validation_size", 128, "--eval_samples", 4, "--output_dir", tmp_path / "eval")
     assert "preset tiny: no GPU" in done.stdout.splitlines()[0] or torch.cuda.is_available()
     summary = json.loads((tmp_path / "eval/baseline_results_summary.json").read_text())
     assert 0.1 < summary["accuracy"] < 0.4 < summary["format_reward"] < 0.65
     assert summary["pass_at_k"]["1"] < summary["pass_at_k"]["2"] < summary["pass_at_k"]["4"]
     assert len((tmp_path / "eval/samples.jsonl").read_text().splitlines()) == sum(summary["categories"].values()) == 512
-    answer = align_command("--algo", "eval", "--question", "What is 1+1+1+1+1?", "--eval_temperature", 0).stdout.splitlines()[-1]
-    assert "1+1=2" in answer
+    monkeypatch.chdir(ROOT)
+    align.main(["--algo", "eval", "--preset", "tiny", "--question", "What is 1+1+1+1+1?", "--eval_temperature", "0"])
+    assert "1+1=2" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_run_sft_learns_and_its_model_starts_another_run(embedded, tmp_path, monkeypatch):
-    align_command("--algo", "sft", "--validation_frequency", 0, "--output_dir", tmp_path / "sft")
+    monkeypatch.chdir(ROOT)
+    align.main(["--algo", "sft", "--preset", "tiny", "--validation_frequency", "0", "--validation_size", "256", "--output_dir", str(tmp_path / "sft")])
     assert accuracies(tmp_path / "sft")[-1] > accuracies(tmp_path / "sft")[0] + 0.2
     losses = [r["train/loss"] for r in metrics_of(tmp_path / "sft") if "train/loss" in r]
     assert losses[-1] < 0.7 * losses[0]
-    monkeypatch.chdir(ROOT)
-    align.main(["--algo", "grpo", "--model", str(tmp_path / "sft/final_model"), "--n_grpo_steps", "1", "--rollout_batch_size", "32", "--train_batch_size", "32",
-                "--output_dir", str(tmp_path / "grpo")])
+    align.main(["--algo", "grpo", "--preset", "tiny", "--model", str(tmp_path / "sft/final_model"), "--n_grpo_steps", "1", "--rollout_batch_size", "32",
+                "--train_batch_size", "32", "--validation_size", "256", "--output_dir", str(tmp_path / "grpo")])
     assert accuracies(tmp_path / "grpo")[0] == pytest.approx(accuracies(tmp_path / "sft")[-1], abs=0.1)
 
 
-def test_run_expert_iteration_learns(embedded, tmp_path):
-    align_command("--algo", "ei", "--n_ei_steps", 2, "--ei_batch_size", 128, "--validation_frequency", 0, "--output_dir", tmp_path / "ei")
+def test_run_expert_iteration_learns(embedded, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    align.main(["--algo", "ei", "--preset", "tiny", "--n_ei_steps", "2", "--ei_batch_size", "128", "--validation_frequency", "0", "--validation_size", "256",
+                "--output_dir", str(tmp_path / "ei")])
     assert accuracies(tmp_path / "ei")[-1] > accuracies(tmp_path / "ei")[0] + 0.2
     assert (tmp_path / "ei/final_model/model.safetensors").exists()
 
@@ -1525,6 +1550,7 @@ def test_runs_do_not_depend_on_the_number_of_microbatches(embedded, tmp_path, mo
     monkeypatch.chdir(ROOT)
     for i, flags in enumerate([["--loss_type", "grpo_clip", "--epochs_per_rollout_batch", "2", "--train_batch_size", "16"],
                                ["--length_normalization", "masked_normalize", "--loss_type", "no_baseline"]]):
+        flags += ["--validation_frequency", "0"]
         one, one_metrics = small_grpo(tmp_path / f"one{i}", *flags, "--gradient_accumulation_steps", 1)
         for split in (["--gradient_accumulation_steps", 8], ["--tokens_per_microbatch", 300]):
             many, many_metrics = small_grpo(tmp_path / f"many{i}{split}", *flags, *split)
@@ -1569,6 +1595,17 @@ def test_run_in_bfloat16_keeps_float32_masters(embedded, tmp_path, monkeypatch):
     assert weights.dtype == torch.float32 and all(math.isfinite(r["loss"]) for r in records[1:])
     base_weights = torch.cat([w.flatten() for w in AutoModelForCausalLM.from_pretrained(embedded / "base_model").state_dict().values()])
     assert 0.9 < (weights != base_weights).float().mean()       # in bfloat16 masters most would not move
+    assert json.loads((tmp_path / "bf16/final_model/config.json").read_text())["dtype"] == "float32"        # the sampler's copy has its own
+
+
+def test_ids_beyond_the_tokenizers_can_be_sampled(base):
+    """Many models have more output rows than their tokenizer has tokens, for round sizes (Qwen2.5: 151,936 and 151,665)."""
+    model, tokenizer = copy.deepcopy(base[0]), base[1]
+    model.resize_token_embeddings(2 * len(tokenizer))
+    sampler = align.TorchSampler(tokenizer, 64, "float32")
+    sampler.load_weights(model)
+    rollouts = sampler.generate([tokenizer("1+1=")["input_ids"]], 8, [0], temperature=100.0, max_tokens=20, min_tokens=0, stop="</answer>")
+    assert any(token >= len(tokenizer) for r in rollouts for token in r.response_ids)
 
 
 @pytest.mark.parametrize("algo, flags", [("grpo", ["--n_grpo_steps", 3, "--rollout_batch_size", 32, "--train_batch_size", 32]),
