@@ -1524,6 +1524,65 @@ def test_run_grpo_learns_and_writes_everything(embedded, tmp_path, monkeypatch):
     assert (tmp_path / "compare.png").stat().st_size > 10000
 
 
+# The mistakes of README's table "The bugs that do not crash", each as (old text, new text) pairs for a copy of align.py.
+NO_CHECK = ("    if not (mean <= limits[0] and largest <= limits[1]):", "    if False:")
+OWN_FIRST_WEIGHTS = ("""        if model.dtype == self.dtype and not hasattr(model, "sharded_base"):
+            self.model = model
+            return
+""", """        self.model = self.model or copy.deepcopy(model)
+        return
+""")
+MISTAKES = {
+    "none": [],
+    "the sampler keeps the first weights": [OWN_FIRST_WEIGHTS, NO_CHECK],
+    "the sampler keeps the first weights, with the check on": [OWN_FIRST_WEIGHTS],
+    "sign of the loss": [("    return -raw_rewards_or_advantages * policy_log_probs", "    return raw_rewards_or_advantages * policy_log_probs")],
+    "interleaved groups": [("raw_rewards.view(-1, group_size) ", "raw_rewards.view(group_size, -1).T ")],
+    "gradients not cleared": [("""        run.optimizer.step()
+    run.optimizer.zero_grad()
+""", """        run.optimizer.step()
+""")],
+    "old log-probs computed anew": [("    off_policy = args.epochs_per_rollout_batch * (args.rollout_batch_size // args.train_batch_size) > 1", "    off_policy = False"),
+                                    NO_CHECK],
+    "another temperature": [("train_on(run, take(batch, rows), prompts, args.sampling_temperature, train_step)",
+                             "train_on(run, take(batch, rows), prompts, 0.6, train_step)"), NO_CHECK],
+    "microbatches added up": [('    return len(batch["labels"]) / len(mask) / world_size()', "    return 1")],
+    "summed over tokens": [("masked_mean(per_token[filled], response_mask[filled], dim=-1)",
+                            "masked_normalize(per_token[filled], response_mask[filled], 1.0, dim=-1)")],
+    "no stop string": [('else (r1_zero_reward_fn, "</answer>")', "else (r1_zero_reward_fn, None)")],
+    "tokenised again": [("        batch, prompts = make_batch(run, [r.prompt_ids for r in rollouts],", """        for r in rollouts:
+            r.response_ids = run.tokenizer(r.text, add_special_tokens=False)["input_ids"]
+            r.log_probs = (r.log_probs + [0.0] * len(r.response_ids))[:len(r.response_ids)]
+        batch, prompts = make_batch(run, [r.prompt_ids for r in rollouts],"""), NO_CHECK],
+    "the same draws at every step": [('{seed}/{step}/{purpose}', '{seed}/{purpose}')],
+    "mask off by one": [('"response_mask": mask[:, 1:]}', '"response_mask": mask[:, :-1]}'), NO_CHECK],
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_mistakes_of_the_table_can_be_made(mistake, embedded, tmp_path, capsys):
+    """MISTAKES=1 pytest test_align.py -k mistakes -s makes them, in ten minutes, and prints the figures of README's table."""
+    source = (ROOT / "align.py").read_text()
+    for old, new in MISTAKES[mistake]:
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    compile(source, "align.py", "exec")
+    if not os.environ.get("MISTAKES"):
+        return
+    (tmp_path / "align.py").write_text(source)
+    flags = ["--algo", "grpo", "--n_grpo_steps", 25, "--rollout_batch_size", 256, "--train_batch_size", 256, "--validation_size", 256]
+    flags += ["--loss_type", "grpo_clip", "--epochs_per_rollout_batch", 4] if mistake.startswith("old") else []
+    for seed in (0, 1):
+        out = tmp_path / str(seed)
+        done = subprocess.run([sys.executable, tmp_path / "align.py", *map(str, flags), "--seed", str(seed), "--output_dir", out], cwd=ROOT,
+                              capture_output=True, text=True)
+        records = metrics_of(out)[1:] or [{}]
+        shown = {name: [records[i].get(name) for i in (0, -1)] for name in ("logprob_gap_mean", "grad_norm", "token_entropy", "clip_fraction", "response_length")}
+        with capsys.disabled():
+            print(f"\n{mistake}, seed {seed}: accuracy {[round(100 * a, 1) for a in accuracies(out)]}, at the first and the last step:",
+                  ", ".join(f"{name} " + " ".join("-" if v is None else f"{v:.2g}" for v in values) for name, values in shown.items()), done.stderr[-300:])
+
+
 SMALL = ["--preset", "tiny", "--n_grpo_steps", "3", "--rollout_batch_size", "32", "--train_batch_size", "32", "--group_size", "4",
          "--validation_size", "16", "--save_frequency", "0"]
 
