@@ -46,6 +46,7 @@ import random
 import re
 import shutil
 import signal
+import ssl
 import statistics
 import sys
 import threading
@@ -177,8 +178,10 @@ def use_hub_or_cache():
         urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=5).close()
     except urllib.error.HTTPError:      # an answer of a kind
         pass
-    except OSError:
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
+    except OSError as error:            # but for certificates that this Python has not: the hub's client brings its own
+        huggingface_hub.constants.HF_HUB_OFFLINE = not isinstance(getattr(error, "reason", None), ssl.SSLError)
+    except ValueError as error:
+        raise UserError(f"HF_ENDPOINT {huggingface_hub.constants.ENDPOINT}: {reason(error)}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1290,7 +1293,7 @@ class TorchSampler:
         shared = SharedPrompts(self.model, prompt_ids, tokens_at_a_time=4096)       # activations take memory
         context = shared.context(rows // n, max_tokens)
         cache, mask, positions = context["past_key_values"], context["attention_mask"], context["position_ids"]
-        cache.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        cache.layers = [RoomyLayer(layer) for layer in cache.layers]
         token = torch.tensor([prompt[-1] for prompt in prompt_ids], device=device)[rows // n]
         for t in range(max_tokens):
             logits = self.model(token[:, None], attention_mask=mask[:, :shared.longest + t + 1], position_ids=positions[:, t:t + 1],
@@ -1328,34 +1331,43 @@ class TorchSampler:
         return rollouts
 
 
+@functools.cache
+def vllm_engine(model, dtype, gpu_memory_utilization, sleeps, on_cpu):
+    """vLLM with a model, in this process, so that weights go over as tensors. One for all runs of a process (--compare): an engine that goes
+    ends every process group, that of the ranks, too."""
+    # vLLM reads these on import; the last two concern its CPU build alone.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")                # GiB
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")        # else it pins the threads that training needs, too
+    import vllm
+    # The CPU build cannot rewind a request's generator, which a prompt cut into chunks needs; and compiling costs it a minute.
+    settings = dict(enable_chunked_prefill=False, enforce_eager=True) if on_cpu else {}
+    if world_size() > 1:
+        settings["distributed_executor_backend"] = "external_launcher"      # one engine per rank, on the rank's own GPU
+    try:
+        # processed_logprobs are those of the distribution that is sampled from, after temperature. generation_config="vllm" keeps the
+        # model's generation_config.json from adding a top-k, ignore_eos in generate from adding another end of sequence.
+        llm = vllm.LLM(model=model, dtype=dtype, gpu_memory_utilization=gpu_memory_utilization, enable_sleep_mode=sleeps,
+                       logprobs_mode="processed_logprobs", generation_config="vllm", disable_log_stats=True, **settings)
+        llm.generate([{"prompt_token_ids": [0]}], vllm.SamplingParams(max_tokens=1), use_tqdm=False)       # does it run?
+    except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
+        raise UserError(f"vLLM {vllm.__version__} cannot serve {model}: {reason(error)}; too little memory is mended by "
+                        f"--gpu_memory_utilization (now {gpu_memory_utilization}; on a CPU by VLLM_CPU_KVCACHE_SPACE, in GiB), "
+                        "an unsupported model by --sampler torch") from error
+    if sleeps:
+        llm.sleep(level=2)          # level 2 drops the weights (level 1 would keep a copy): every hand-over brings new ones
+    return llm
+
+
 class VLLMSampler:
-    """Samples with vLLM in this process, beside the training model. All that depends on vLLM's version is in here; tested with 0.32.0."""
+    """Samples with vLLM in this process, beside the training model. All that depends on vLLM's version is in here and above; tested with 0.32.0."""
 
     def __init__(self, args, tokenizer):
-        # In this process, so that weights go over as tensors. vLLM reads these on import; the last two concern its CPU build alone.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")                # GiB
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")        # else it pins the threads that training needs, too
+        self.tokenizer, self.sleeps, self.on_cpu = tokenizer, args.vllm_sleep, args.device == "cpu"
+        self.llm = vllm_engine(args.model, args.dtype, args.gpu_memory_utilization, self.sleeps, self.on_cpu)
         import vllm
-        self.vllm, self.tokenizer, self.sleeps, self.on_cpu = vllm, tokenizer, args.vllm_sleep, args.device == "cpu"
-        # The CPU build cannot rewind a request's generator, which a prompt cut into chunks needs; and compiling costs it a minute.
-        settings = dict(enable_chunked_prefill=False, enforce_eager=True) if self.on_cpu else {}
-        if world_size() > 1:
-            settings["distributed_executor_backend"] = "external_launcher"      # one engine per rank, on the rank's own GPU
-        try:
-            # processed_logprobs are those of the distribution that is sampled from, after temperature. generation_config="vllm" keeps the
-            # model's generation_config.json from adding a top-k or another end of sequence.
-            self.llm = vllm.LLM(model=args.model, dtype=args.dtype, seed=args.seed, gpu_memory_utilization=args.gpu_memory_utilization,
-                                enable_sleep_mode=self.sleeps, logprobs_mode="processed_logprobs", generation_config="vllm",
-                                disable_log_stats=True, **settings)
-            self.llm.generate([{"prompt_token_ids": [tokenizer.eos_token_id]}], vllm.SamplingParams(max_tokens=1), use_tqdm=False)  # does it run?
-        except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
-            raise UserError(f"vLLM {vllm.__version__} cannot serve {args.model}: {reason(error)}; too little memory is mended by "
-                            f"--gpu_memory_utilization (now {args.gpu_memory_utilization}; on a CPU by VLLM_CPU_KVCACHE_SPACE, in GiB), "
-                            "an unsupported model by --sampler torch") from error
-        if self.sleeps:
-            self.llm.sleep(level=2)         # level 2 drops the weights (level 1 would keep a copy): every hand-over brings new ones
+        self.vllm = vllm
 
     def load_weights(self, model):
         """Hands the model's weights over, in memory, parameter by parameter, and forgets keys and values computed with the old ones."""
@@ -1378,7 +1390,8 @@ class VLLMSampler:
         """As TorchSampler.generate. Every response is a request with a seed of its own; prefix caching computes a shared prompt once."""
         prompts = [ids for ids in prompt_ids for _ in range(n)]
         params = [self.vllm.SamplingParams(temperature=temperature, max_tokens=max_tokens, min_tokens=min_tokens, logprobs=0,
-                                           stop=[stop] if stop else [], include_stop_str_in_output=True, seed=seed_for(seed, i, "request"))
+                                           stop=[stop] if stop else [], include_stop_str_in_output=True, seed=seed_for(seed, i, "request"),
+                                           ignore_eos=True, stop_token_ids=[self.tokenizer.eos_token_id])
                   for seed in seeds for i in range(n)]
         outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         if self.sleeps:
@@ -1652,7 +1665,7 @@ def newest_checkpoint(folder):
 
 def load_trainer_state(path, optimizer):
     """Gives the optimizer what a checkpoint holds of its state, to each rank its shards of it."""
-    state = torch.load(path / "trainer_state.pt", map_location="cpu", weights_only=True)["optimizer"]["state"]
+    state = torch.load(path / "trainer_state.pt", map_location="cpu", weights_only=True, mmap=True)["optimizer"]["state"]
     for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
         if isinstance(parameter, DTensor) and i in state:      # no state before the first update
             state[i] = {name: distribute_tensor(tensor, parameter.device_mesh, parameter.placements) if tensor.ndim else tensor
@@ -1728,6 +1741,7 @@ def find_data(args):
     data_files = [vars(args)[flag] for flag in ("train_data", "val_data", "sft_data") if flag in vars(args) and not vars(args).get("question")]
     if rank() == 0 and any(path.startswith("data/arithmetic/") and not Path(path).exists() for path in (args.model, *data_files)):
         print("data/arithmetic/ is not complete yet: making it with prepare_data.py", flush=True)
+        sys.modules.setdefault("align", sys.modules[__name__])          # this file, so that prepare_data's UserError is this one's
         from prepare_data import prepare_arithmetic
         prepare_arithmetic("data/arithmetic")
     from_all_ranks(None)        # waits for rank 0
@@ -1763,6 +1777,8 @@ def load_run(args, weights=None):
     transformers_logging.disable_progress_bar()
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {args.model}: its tokenizer has no end-of-sequence token")
+    if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
+        raise UserError(f"--model {args.model} has layers other than full attention (a sliding window, a recurrent state): section 6 leaves them out")
     if world_size() > 1 and args.algo != "eval":
         shard(model, args.dtype)
     else:
@@ -1870,22 +1886,27 @@ def microbatches(run, batch, prompts):
         shared.backward()
 
 
+def through_the_model(run, batch, prompts, temperature, train_step):
+    """train_on without a second attempt."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    for micro in microbatches(run, batch, prompts):
+        mask = micro["response_mask"]
+        with autocast(run.args):
+            out = get_response_log_probs(run.model, micro["input_ids"], micro["labels"], True, temperature, mask, **micro["context"])
+        loss, metadata = train_step(micro, out["log_probs"])
+        clipped = metadata["clipped"] & mask if "clipped" in metadata else torch.zeros(())
+        sums += torch.tensor([loss.item() / world_size(), masked_normalize(out["token_entropy"], mask, 1.0).item(), clipped.sum().item()])
+    return sum(from_all_ranks(sums)).tolist()
+
+
 def train_on(run, batch, prompts, temperature, train_step):
     """Sends a train batch through the model: train_step(micro, log_probs) computes the loss of a microbatch and its gradient, and returns
     (loss, metadata). Returns the sums over all microbatches and ranks of loss, entropy (nats) and clipped tokens.
 
     Where memory runs out it begins again, once in a run, with half the --tokens_per_microbatch.
     """
-    sums = torch.zeros(3, dtype=torch.float64)
     try:
-        for micro in microbatches(run, batch, prompts):
-            mask = micro["response_mask"]
-            with autocast(run.args):
-                out = get_response_log_probs(run.model, micro["input_ids"], micro["labels"], True, temperature, mask, **micro["context"])
-            loss, metadata = train_step(micro, out["log_probs"])
-            clipped = metadata["clipped"] & mask if "clipped" in metadata else torch.zeros(())
-            sums += torch.tensor([loss.item() / world_size(), masked_normalize(out["token_entropy"], mask, 1.0).item(), clipped.sum().item()])
-        return sum(from_all_ranks(sums)).tolist()
+        return through_the_model(run, batch, prompts, temperature, train_step)
     except RuntimeError as error:
         if not out_of_memory(error) or run.halved or run.args.gradient_accumulation_steps or world_size() > 1:
             raise
@@ -1894,7 +1915,7 @@ def train_on(run, batch, prompts, temperature, train_step):
     print(f"out of memory: from here on with --tokens_per_microbatch {run.args.tokens_per_microbatch}", flush=True)
     if torch.is_grad_enabled():
         run.optimizer.zero_grad()
-    return train_on(run, batch, prompts, temperature, train_step)
+    return through_the_model(run, batch, prompts, temperature, train_step)
 
 
 def accumulation_steps(batch, mask):
@@ -1952,7 +1973,8 @@ def sampling_metrics(rollouts, seconds):
             "truncated_fraction": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts)}
 
 
-# How far a sampler's log-probs may be from the trainer's, in nats: (mean, max). Beyond, its weights are not the trainer's.
+# How far a sampler's log-probs may be from the trainer's, in nats: (mean, max). Beyond, its weights are not the trainer's. On a GPU float32 counts
+# as bfloat16: vLLM's attention multiplies it in TF32 there.
 GAP_LIMITS = {"float32": (1e-3, 1e-2), "bfloat16": (0.2, math.inf)}
 
 
@@ -1974,7 +1996,7 @@ def check_gap(args, gaps):
     """The metrics of a flat tensor of gaps. Raises UserError where they are too large: the most expensive silent bug of this field is a
     sampler with stale weights."""
     mean, largest = (gaps.mean().item(), gaps.max().item()) if len(gaps) else (0.0, 0.0)
-    limits = GAP_LIMITS[args.dtype]
+    limits = GAP_LIMITS["bfloat16" if args.device == "cuda" else args.dtype]
     if not (mean <= limits[0] and largest <= limits[1]):        # nan, too
         raise UserError(f"the sampler's log-probs differ from the trainer's by {mean:.2g} nats on average and {largest:.2g} at most (limits for "
                         f"{args.dtype}: {limits[0]:g} and {limits[1]:g}): it samples with stale or wrong weights. The step was not applied; "
@@ -2050,18 +2072,18 @@ def finish_step(run, record, checkpoint):
     if rank() == 0 and (step == run.last_step or (lookup(record, ACCURACY) is not None and time.monotonic() > run.next_plot)):
         plot_runs({args.output_dir: [args.output_dir]}, Path(args.output_dir, "curves.png"))
         run.next_plot = time.monotonic() + 60           # drawing takes half a second: not at every validation
-    stopping = max(from_all_ranks(run.signal)) if step < run.last_step else 0
-    if step and (stopping or (args.save_frequency and step % args.save_frequency == 0)):
+    stopping = max(from_all_ranks(run.signal))
+    if step and ((stopping and step < run.last_step) or (args.save_frequency and step % args.save_frequency == 0)):
         save_checkpoint(Path(args.output_dir, checkpoint), run.model, run.tokenizer, run.optimizer, step)
         if args.keep_checkpoints and rank() == 0:
             for _, path in checkpoints(args.output_dir)[args.keep_checkpoints:]:
                 remove(path)
+    if step == run.last_step:
+        finish_run(run)
     if stopping:
         print(f"stopped after step {step}, as {signal.Signals(stopping).name} asked for; --resume goes on from there", flush=True)
         leave_ranks(128 + stopping)
         sys.exit(128 + stopping)
-    if step == run.last_step:
-        finish_run(run)
 
 
 def stop_on_signals(run):

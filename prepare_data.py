@@ -75,6 +75,13 @@ def is_there(path, source):
     return True
 
 
+def spare_others(folder, names):
+    """Raises UserError where one of these files is there and was not made by this program."""
+    for name in names:
+        if (folder / name).exists() and name not in read_manifest(folder):
+            raise UserError(f"{folder / name} is there already and was not made by prepare_data.py; --force replaces it")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. The embedded setting: problems and traces
 # ----------------------------------------------------------------------------------------------------------------------
@@ -207,7 +214,7 @@ def prepare_arithmetic(folder, seed=0, force=False):
                       for question, (steps, answer) in train[:N_SFT]],
     }
     for name, records in files.items():
-        if force or not (folder / name).exists():
+        if force or not is_there(folder / name, f"seed {seed}"):
             write_jsonl(folder / name, records, f"seed {seed}")
     if force or not (folder / "base_model").exists():
         test_questions = {question for question, _ in test}
@@ -344,8 +351,10 @@ def prepare_problems(dataset, folder, from_path=None, force=False):
     for path in from_path or ():
         if not Path(path).exists():
             raise UserError(f"--from_path {path} is not there")
-    if not force and [is_there(path, source) for path in (train_path, test_path)] == [True, True]:
-        return
+    if not force:
+        if all([is_there(path, source) for path in (train_path, test_path)]):
+            return
+        spare_others(folder, ("train.jsonl", "test.jsonl"))
     left_out = LeftOut()
     if from_path:
         splits = local_records(from_path, left_out)
@@ -425,12 +434,13 @@ TEACHER_PROMPT = "{problem}\n\nPlease reason step by step, and put your final an
 async def ask_teacher(problems, path, args):
     """Asks an OpenAI-compatible server for --teacher_samples answers to each problem and appends each to `path` as it comes.
 
-    What the file holds already is not asked for again. Rate limits, failing servers and lost connections are tried again with growing
-    pauses (openai's client does that); what still fails is left for the next run. Raises UserError where the server is gone.
+    What the file holds already is not asked for again. Rate limits, failing servers and connections that do not come about are tried again with
+    growing pauses (openai's client does that); what still fails, or breaks off, is counted and left for another run. Raises UserError where
+    the server is gone.
     """
     import openai
-    client = openai.AsyncOpenAI(base_url=args.teacher_url, api_key=os.environ.get("OPENAI_API_KEY") or os.environ.get("DEEPSEEK_API_KEY") or "none",
-                                max_retries=6, timeout=args.teacher_timeout)
+    key = os.environ.get("DEEPSEEK_API_KEY" if "deepseek.com" in args.teacher_url else "OPENAI_API_KEY")
+    client = openai.AsyncOpenAI(base_url=args.teacher_url, api_key=key or "none", max_retries=6, timeout=args.teacher_timeout)
     if path.exists() and not (data := path.read_bytes()).endswith(b"\n"):       # a kill can leave half a line
         write_text(path, data[:data.rfind(b"\n") + 1].decode())
     paid = read_jsonl(path, [("problem", "model")]) if path.exists() and path.stat().st_size else []
@@ -438,7 +448,7 @@ async def ask_teacher(problems, path, args):
     wanted = [(p["problem"], k) for p in problems for k in range(args.teacher_samples)]
     todo = [item for item in wanted if item not in asked]
     print(f"{args.teacher_model}: {len(wanted) - len(todo)} answers are there, {len(todo)} to ask for")
-    slots, failures, refused = asyncio.Semaphore(args.teacher_concurrency), 0, []
+    slots, failures, refused, lost = asyncio.Semaphore(args.teacher_concurrency), 0, [], []
 
     async def ask(problem, sample):
         async with slots:
@@ -468,7 +478,8 @@ async def ask_teacher(problems, path, args):
                 except (openai.BadRequestError, openai.UnprocessableEntityError) as error:      # this request; others may do
                     refused.append(reason(error))
                 except (openai.OpenAIError, AttributeError, TypeError, ValueError) as error:    # the latter three: not a completion
-                    failures += 1
+                    failures += 1           # in a row
+                    lost.append(reason(error))
                     if failures >= 3 or isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)):
                         raise UserError(f"the teacher at {args.teacher_url} fails ({type(error).__name__}: {reason(error)}); the answers so far are "
                                         f"in {path}, and the same command goes on from there") from error
@@ -480,6 +491,8 @@ async def ask_teacher(problems, path, args):
         await client.close()
     if refused:
         print(f"  {len(refused)} × refused by the teacher, for example: {refused[0]}")
+    if lost:
+        print(f"  {len(lost)} × no answer, for example: {lost[0]}; the same command with --force asks for them again")
 
 
 def collect_texts(args, folder, train, left_out):
@@ -513,9 +526,12 @@ def collect_texts(args, folder, train, left_out):
 
 def prepare_traces(args, folder):
     """Writes sft.jsonl, its split by problem into sft_train.jsonl and sft_val.jsonl, and of the former those whose answer is right."""
-    source = f"teacher:{args.teacher_model}" if args.traces == "teacher" else args.traces
-    if not args.force and is_there(folder / "sft_train_filtered.jsonl", source):
-        return
+    problems_sum = hashlib.sha256(b"".join((folder / name).read_bytes() for name in ("train.jsonl", "test.jsonl"))).hexdigest()
+    source = f"{f'teacher:{args.teacher_model}' if args.traces == 'teacher' else args.traces}, for the problems {problems_sum[:12]}"
+    if not args.force:
+        if is_there(folder / "sft_train_filtered.jsonl", source):
+            return
+        spare_others(folder, ("sft.jsonl", "sft_train.jsonl", "sft_val.jsonl"))
     train, test = ({text_key(p["problem"]): p for p in read_jsonl(folder / name, [("problem", "answer")])} for name in ("train.jsonl", "test.jsonl"))
     left_out, traces, strangers = LeftOut(), [], 0
     for problem, text in collect_texts(args, folder, train.values(), left_out):
@@ -560,14 +576,14 @@ def build_parser():
                    "files of JSON lines, JSON or parquet; file or folder names say train or test")
     g.add_argument("--traces", metavar="SOURCE", help="also make traces for SFT from: hub:DATASET (R1 traces laid out as open-r1/OpenR1-Math-220k), "
                    "teacher (a model behind an OpenAI-compatible server), solutions (the data set's own), or a file of JSON lines")
-    g = parser.add_argument_group("--traces teacher (the key is read from OPENAI_API_KEY or DEEPSEEK_API_KEY)")
+    g = parser.add_argument_group("--traces teacher (the key is DEEPSEEK_API_KEY for deepseek.com, OPENAI_API_KEY for all others)")
     g.add_argument("--teacher_url", default="https://api.deepseek.com", help="of the server; http://localhost:8000/v1 for `vllm serve`")
     g.add_argument("--teacher_model", default="deepseek-reasoner", help="its name on that server")
     g.add_argument("--teacher_problems", type=int, default=0, help="ask about so many problems, drawn at random; 0: all")
     g.add_argument("--teacher_samples", type=int, default=1, help="answers per problem")
     g.add_argument("--teacher_max_tokens", type=int, default=16384, help="tokens of an answer, reasoning included")
     g.add_argument("--teacher_temperature", type=float, default=0.6, help="0.6 is what R1 was made for")
-    g.add_argument("--teacher_timeout", type=float, default=120.0, help="seconds without a sign of life after which a request is made again")
+    g.add_argument("--teacher_timeout", type=float, default=120.0, help="seconds without a sign of life after which a request has failed")
     g.add_argument("--teacher_concurrency", type=int, default=16, help="requests at a time")
     return parser
 

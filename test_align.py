@@ -27,6 +27,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from pathlib import Path
 
 import hypothesis
@@ -34,7 +35,7 @@ import pytest
 import safetensors.torch
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import align
 import prepare_data
@@ -1088,12 +1089,15 @@ def test_out_of_memory_halves_the_token_budget_once_and_makes_the_same_update(mo
     real = align.get_response_log_probs
 
     def with_less_memory(model, input_ids, *rest, **context):
+        assert not any(cache() is not None for cache in failed), "the second attempt still holds the first one's keys and values"
         if input_ids.numel() > limit:
+            failed.append(weakref.ref(context["past_key_values"]))
             torch.empty(1 << 60)            # the allocator's own error
         return real(model, input_ids, *rest, **context)
 
     monkeypatch.setattr(align, "get_response_log_probs", with_less_memory)
     for limit in (10**9, 20, 5):
+        failed = []
         run = fake_run(random_model(vocab_size=23), tokens_per_microbatch=40)
         if limit == 5:
             with pytest.raises(RuntimeError, match="can't allocate memory"):
@@ -1732,6 +1736,20 @@ def test_runs_with_bad_input_end_in_one_sentence_and_write_nothing(embedded, tmp
 def test_run_that_is_mistyped_shows_no_traceback(tmp_path):
     done = align_command("--algo", "grpo", "--group_size", "7", cwd=tmp_path, code=2)
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1 and "--group_size 7" in done.stderr
+    # no space for the data that it makes first: prepare_data.py's errors are this program's, too
+    done = subprocess.run(f"ulimit -f 8; exec {sys.executable} {ROOT}/align.py --algo eval --preset tiny", shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "train.jsonl" in done.stderr
+
+
+def test_a_model_with_a_sliding_window_is_refused(embedded, base, tmp_path, capsys):
+    config = Qwen2Config(vocab_size=len(base[1]), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+                         use_sliding_window=True, sliding_window=8, max_window_layers=0)
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
+    base[1].save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit):
+        align.main(["--algo", "eval", "--preset", "tiny", "--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out"),
+                    "--val_data", str(embedded / "test.jsonl")])
+    assert "has layers other than full attention" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1841,12 +1859,13 @@ def test_traces_are_matched_to_training_problems_and_filtered_by_the_data_sets_a
 
 class Teacher(http.server.BaseHTTPRequestHandler):
     """An OpenAI-compatible server of the test's own. `asked` lists the problems; `fail` says what to answer instead of a completion, if anything."""
-    asked, fail, breaks = [], staticmethod(lambda problem, count: None), False
+    asked, keys, fail, breaks = [], set(), staticmethod(lambda problem, count: None), False
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         problem = request["messages"][0]["content"].partition("\n")[0]
         self.asked.append(problem)
+        self.keys.add(self.headers["Authorization"])
         status = self.fail(problem, len(self.asked)) or 200
         if status == 200:
             answer = "\\boxed{%d}" % (2 * int(re.search(r"\d+", problem)[0]))
@@ -1871,7 +1890,7 @@ class Teacher(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def teacher(monkeypatch):
     """The handler class of a running teacher, and the flags to reach it."""
-    handler = type("Handler", (Teacher,), {"asked": []})
+    handler = type("Handler", (Teacher,), {"asked": [], "keys": set()})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
@@ -1916,6 +1935,53 @@ def test_teacher_that_dies_or_a_run_that_is_killed_pays_for_nothing_twice(math_f
     prepare_data.main(flags)
     assert len(paid) >= 20 and not paid & set(handler.asked) and len(read_lines(math_folder / "teacher.jsonl")) == 41
     assert len(read_lines(math_folder / "sft.jsonl")) == 41 and len(read_lines(math_folder / "sft_train_filtered.jsonl")) >= 38
+
+
+def test_teacher_whose_answers_break_off_here_and_there_is_asked_again_with_force(math_folder, teacher, capsys):
+    handler, flags = teacher
+    handler.breaks = property(lambda self: len(self.asked) in (5, 9))
+    prepare_data.main([*flags, "--teacher_concurrency", "1"])
+    assert "2 × no answer" in capsys.readouterr().out and len(read_lines(math_folder / "teacher.jsonl")) == len(read_lines(math_folder / "sft.jsonl")) == 39
+    prepare_data.main([*flags, "--force"])
+    assert len(handler.asked) == 43 and len(read_lines(math_folder / "sft.jsonl")) == 41
+
+
+def test_teacher_gets_the_key_that_is_meant_for_it(math_folder, teacher, monkeypatch):
+    handler, flags = teacher
+    monkeypatch.setenv("OPENAI_API_KEY", "for-others")
+    monkeypatch.setenv("DEEPSEEK_API_KEY", "for-deepseek")
+    prepare_data.main([*flags, "--teacher_problems", "1"])
+    url = flags[flags.index("--teacher_url") + 1]
+    prepare_data.main([*flags, "--force", "--teacher_problems", "2", "--teacher_url", url.replace("/v1", "/api.deepseek.com/v1")])
+    assert handler.keys == {"Bearer for-others", "Bearer for-deepseek"}
+
+
+def test_preparing_replaces_no_file_of_somebody_else_and_no_problems_under_traces(math_folder, tmp_path, capsys):
+    def refused(argv, complaint):
+        with pytest.raises(SystemExit):
+            prepare_data.main(argv)
+        assert complaint in capsys.readouterr().err
+
+    traces = ["--dataset", "math", "--traces", "solutions"]
+    (math_folder / "sft.jsonl").write_text("mine\n")
+    refused(traces, "sft.jsonl is there already and was not made by prepare_data.py; --force replaces it")
+    assert (math_folder / "sft.jsonl").read_text() == "mine\n"
+    prepare_data.main([*traces, "--force"])
+    before = (math_folder / "sft.jsonl").read_bytes()
+    prepare_data.main(traces)
+    assert (math_folder / "sft.jsonl").read_bytes() == before and "is there already" in capsys.readouterr().out
+    with open(math_folder / "test.jsonl", "a") as file:         # another test set: a trace may be of one of its problems
+        file.write(json.dumps({"problem": "What is $40+40$?", "answer": "80"}) + "\n")
+    refused(traces, "is there already, from solutions, for the problems")
+    os.remove(math_folder / "manifest.json")
+    os.remove(math_folder / "train.jsonl")
+    refused(["--dataset", "math", "--from_path", "copy"], "test.jsonl is there already and was not made by prepare_data.py")
+
+
+def test_preparing_with_another_seed_says_that_data_is_there(tmp_path):
+    prepare_data.write_jsonl(tmp_path / "test.jsonl", [{"problem": "1+1?", "answer": "2"}], "seed 0")
+    with pytest.raises(align.UserError, match="test.jsonl is there already, from seed 0; --force replaces it"):
+        prepare_data.prepare_arithmetic(tmp_path, seed=1)
 
 
 def test_teacher_that_refuses_the_key_is_asked_once(math_folder, teacher, capsys):
