@@ -1940,9 +1940,8 @@ def optimizer_step(run, learning_rate, loss):
         run.optimizer.step()
     run.optimizer.zero_grad()
     if run.skipped == MAX_SKIPPED:
-        raise UserError(f"the gradient of {MAX_SKIPPED} updates in a row was not finite (last norm {grad_norm}, loss {loss}), so none of them was applied: "
-                        " the weights or the log-probs have overflowed; a lower --learning_rate may help. What was saved before "
-                        "is intact")
+        raise UserError(f"the gradient of {MAX_SKIPPED} updates in a row was not finite (last norm {grad_norm}, loss {loss}), so none of them was "
+                        "applied: the weights or the log-probs have overflowed; a lower --learning_rate may help. What was saved before is intact")
     return grad_norm
 
 

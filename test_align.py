@@ -1441,10 +1441,12 @@ def test_run_of_several_ranks_dies_as_a_whole_with_one_message_when_one_is_kille
 
 
 @needs_vllm
-def test_run_of_two_ranks_with_vllm_has_an_engine_per_rank_with_the_trainers_weights(embedded, tmp_path):
-    torchrun(2, "align.py", *GRPO_ON_RANKS, "--sampler", "vllm", "--output_dir", tmp_path / "out")
-    records = metrics_of(tmp_path / "out")
-    assert [r["step"] for r in records] == [0, 1, 2, 3, 4] and all(r["logprob_gap_max"] < 1e-3 for r in records[1:])
+def test_runs_of_two_ranks_with_vllm_have_an_engine_per_rank_with_the_trainers_weights(embedded, tmp_path):
+    torchrun(2, "align.py", *GRPO_ON_RANKS, "--sampler", "vllm", "--output_dir", tmp_path, "--compare", "learning_rate=3e-4,6e-4", "--seeds", 1)
+    for value in ("3e-4", "6e-4"):
+        records = metrics_of(tmp_path / f"learning_rate={value}/seed0")
+        assert [r["step"] for r in records] == [0, 1, 2, 3, 4] and all(r["logprob_gap_max"] < 1e-3 for r in records[1:])
+    assert (tmp_path / "compare.md").exists()
 
 
 def test_step_metrics_weigh_every_token_of_the_step_alike():
