@@ -1434,10 +1434,12 @@ def test_run_of_several_ranks_dies_as_a_whole_with_one_message_when_one_is_kille
         align.optimizer_step = optimizer_step
         align.main()""")
     started = time.monotonic()
-    done = torchrun(2, script, *GRPO_ON_RANKS, "--output_dir", tmp_path / "out", code=1)
+    done = torchrun(2, script, *GRPO_ON_RANKS, "--dtype", "bfloat16", "--output_dir", tmp_path / "out", code=1)
     assert time.monotonic() - started < 60
     assert done.stderr.count("another rank is gone") <= 1 and "Signal 9 (SIGKILL)" in done.stderr and "RuntimeError" not in done.stderr
     assert [path.name for _, path in align.checkpoints(tmp_path / "out")] == ["checkpoint_step_2", "checkpoint_step_1"]
+    weights = safetensors.torch.load_file(tmp_path / "out/checkpoint_step_2/model.safetensors")          # the float32 masters, not what travels
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
 @needs_vllm
