@@ -1887,7 +1887,8 @@ def microbatches(run, batch, prompts):
 
 
 def through_the_model(run, batch, prompts, temperature, train_step):
-    """train_on without a second attempt."""
+    """Sends a train batch through the model: train_step(micro, log_probs) computes the loss of a microbatch and its gradient, and returns
+    (loss, metadata). Returns the sums over all microbatches and ranks of loss, entropy (nats) and clipped tokens."""
     sums = torch.zeros(3, dtype=torch.float64)
     for micro in microbatches(run, batch, prompts):
         mask = micro["response_mask"]
@@ -1900,11 +1901,7 @@ def through_the_model(run, batch, prompts, temperature, train_step):
 
 
 def train_on(run, batch, prompts, temperature, train_step):
-    """Sends a train batch through the model: train_step(micro, log_probs) computes the loss of a microbatch and its gradient, and returns
-    (loss, metadata). Returns the sums over all microbatches and ranks of loss, entropy (nats) and clipped tokens.
-
-    Where memory runs out it begins again, once in a run, with half the --tokens_per_microbatch.
-    """
+    """through_the_model. Where memory runs out it begins again, once in a run, with half the --tokens_per_microbatch."""
     try:
         return through_the_model(run, batch, prompts, temperature, train_step)
     except RuntimeError as error:

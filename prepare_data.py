@@ -27,7 +27,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from align import PROMPTS, UserError, extract_answer, grade_responses, last_boxed, one_sentence, r1_zero_reward_fn, read_jsonl, reason, use_hub_or_cache
+from align import (PROMPTS, UserError, extract_answer, grade_responses, last_boxed, one_sentence, r1_zero_reward_fn,
+                   read_jsonl, reason, sha256, use_hub_or_cache)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Files
@@ -70,7 +71,7 @@ def is_there(path, source):
     entry = read_manifest(path.parent).get(path.name, {"source": source})
     if entry["source"] != source:
         raise UserError(f"{path} is there already, from {entry['source']}; --force replaces it")
-    changed = "sha256" in entry and hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]
+    changed = "sha256" in entry and sha256(path) != entry["sha256"]
     print(f"{path} is there already{', changed since it was made' if changed else ''}; --force makes it again")
     return True
 
@@ -526,8 +527,8 @@ def collect_texts(args, folder, train, left_out):
 
 def prepare_traces(args, folder):
     """Writes sft.jsonl, its split by problem into sft_train.jsonl and sft_val.jsonl, and of the former those whose answer is right."""
-    problems_sum = hashlib.sha256(b"".join((folder / name).read_bytes() for name in ("train.jsonl", "test.jsonl"))).hexdigest()
-    source = f"{f'teacher:{args.teacher_model}' if args.traces == 'teacher' else args.traces}, for the problems {problems_sum[:12]}"
+    problems_sum = "-".join(sha256(folder / name)[:8] for name in ("train.jsonl", "test.jsonl"))
+    source = f"{f'teacher:{args.teacher_model}' if args.traces == 'teacher' else args.traces}, for the problems {problems_sum}"
     if not args.force:
         if is_there(folder / "sft_train_filtered.jsonl", source):
             return
