@@ -36,6 +36,7 @@ import difflib
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -1033,9 +1034,8 @@ class SharedPrompts:
 
 # RL maximises the expected reward E[r] of a response that π samples. Its gradient is E[r · Σ ∇ log π(token)], over the tokens of the response:
 # sample, grade, and push every token of a response up in proportion to the response's reward (REINFORCE). To subtract from r what does not
-# depend on the response changes nothing on average and takes noise away. The mean reward of G responses to the same prompt is such a
-# baseline, but for a factor: the response is one of the G, which makes the gradient 1 − 1/G of the true one. r less the baseline is the
-# advantage A.
+# depend on the response changes nothing on average and takes noise away. The mean reward of G responses to the same prompt is such a baseline,
+# but for a factor: the response is one of the G, which makes the gradient 1 − 1/G of the true one. r less the baseline is the advantage A.
 # SFT pushes given tokens up as if each had A = 1; expert iteration does so with its own right responses, which is r with no baseline.
 
 
@@ -1069,9 +1069,8 @@ def compute_group_normalized_rewards(reward_fn, rollout_responses, repeated_grou
         A = r − mean of the group                                                            without normalize_by_std, [DrGRPO]
 
     The standard deviation is the unbiased one (n − 1). A group of equal rewards has advantage 0: it says nothing about what to prefer.
-    Returns (advantages (N,), raw_rewards (N,), metadata): the three mean rewards as floats, the number of groups of equal rewards and of
-    failed gradings, and "rewards", the N reward dicts. Raises ValueError if N is not a multiple of G, or if a group of one is to be
-    divided by its standard deviation.
+    Returns (advantages (N,), raw_rewards (N,), metadata): the three mean rewards, the numbers of groups of equal rewards and of failed
+    gradings, and "rewards", the N reward dicts. Raises ValueError if N is no multiple of G, or for the standard deviation of a group of one.
     """
     if group_size < 1 or len(rollout_responses) % group_size or (normalize_by_std and group_size == 1):
         raise ValueError(f"{len(rollout_responses)} responses cannot be normalised in groups of {group_size}")
@@ -1080,27 +1079,19 @@ def compute_group_normalized_rewards(reward_fn, rollout_responses, repeated_grou
     groups = raw_rewards.view(-1, group_size)                                       # (prompts, G)
     advantages = groups - groups.mean(dim=1, keepdim=True)
     if normalize_by_std:
-        advantages = advantages / (groups.std(dim=1, keepdim=True) + advantage_eps)
+        advantages /= groups.std(dim=1, keepdim=True) + advantage_eps
     # The mean of equal floats can be off by an ulp and their std is 0, so equal rewards are set to advantage 0, not computed to it.
     equal = groups.amax(dim=1) == groups.amin(dim=1)
     advantages[equal] = 0.0
     means = {f"{key}_mean": sum(r[key] for r in rewards) / len(rewards) for key in ("reward", "format_reward", "answer_reward")}
-    metadata = {**means, "equal_reward_groups": int(equal.sum()), "grading_timeouts": failed, "rewards": rewards}
-    return advantages.flatten(), raw_rewards, metadata
-
-
-def require_column(weights):
-    """Raises ValueError unless the per-sequence weights are (B, 1)."""
-    if weights.ndim != 2 or weights.shape[1] != 1:
-        raise ValueError(f"rewards and advantages are (B, 1), one per sequence, not {tuple(weights.shape)}")
+    return advantages.flatten(), raw_rewards, means | {"equal_reward_groups": int(equal.sum()), "grading_timeouts": failed, "rewards": rewards}
 
 
 def compute_naive_policy_gradient_loss(raw_rewards_or_advantages, policy_log_probs):
     """−A · log π per token, (B, T): its gradient is REINFORCE's, the score function weighted by the advantage.
 
-    Args: raw_rewards_or_advantages (B, 1), policy_log_probs (B, T). Raises ValueError for (B,), which would broadcast over tokens.
+    Args: raw_rewards_or_advantages (B, 1), policy_log_probs (B, T).
     """
-    require_column(raw_rewards_or_advantages)
     return -raw_rewards_or_advantages * policy_log_probs
 
 
@@ -1109,9 +1100,8 @@ def compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprang
 
     Where the clipped branch decides, the gradient is zero: the policy has already moved far enough on this token.
     Args: advantages (B, 1); both log-probs (B, T), the old ones without a gradient; cliprange ε.
-    Returns (loss, metadata): "ratio" ρ (B, T) and "clipped" (B, T), true where the clipped branch decided.
+    Returns (loss, metadata): "clipped" (B, T) is true where the clipped branch decided.
     """
-    require_column(advantages)
     ratio = torch.exp(policy_log_probs - old_log_probs)
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - cliprange, 1 + cliprange) * advantages
     return -torch.minimum(unclipped, clipped), {"clipped": clipped.detach() < unclipped.detach()}
@@ -1125,7 +1115,8 @@ def compute_policy_gradient_loss(policy_log_probs, loss_type, raw_rewards=None, 
         grpo_clip                 −min(ρA, clip(ρ, 1−ε, 1+ε)A)        several updates per rollout batch, kept close to π_old
         grpo_no_clip              −ρA                                 the same without the bound
 
-    Raises ValueError for an unknown type or an argument that the type needs and did not get.
+    Raises ValueError for an unknown type, for an argument that the type needs and did not get, and for rewards or advantages that are not
+    (B, 1): those of shape (B,) would be spread over the tokens.
     """
     needs = {"no_baseline": dict(raw_rewards=raw_rewards), "reinforce_with_baseline": dict(advantages=advantages),
              "grpo_clip": dict(advantages=advantages, old_log_probs=old_log_probs, cliprange=cliprange),
@@ -1135,8 +1126,11 @@ def compute_policy_gradient_loss(policy_log_probs, loss_type, raw_rewards=None, 
     missing = [name for name, value in needs[loss_type].items() if value is None]
     if missing:
         raise ValueError(f"loss_type {loss_type} needs {', '.join(missing)}")
+    weights = raw_rewards if loss_type == "no_baseline" else advantages
+    if weights.ndim != 2 or weights.shape[1] != 1:
+        raise ValueError(f"rewards and advantages are (B, 1), one per sequence, not {tuple(weights.shape)}")
     if loss_type in ("no_baseline", "reinforce_with_baseline"):
-        return compute_naive_policy_gradient_loss(raw_rewards if loss_type == "no_baseline" else advantages, policy_log_probs), {}
+        return compute_naive_policy_gradient_loss(weights, policy_log_probs), {}
     return compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange if loss_type == "grpo_clip" else math.inf)
 
 
@@ -1161,12 +1155,11 @@ def grpo_microbatch_train_step(policy_log_probs, response_mask, gradient_accumul
     per_token, metadata = compute_policy_gradient_loss(policy_log_probs, loss_type, raw_rewards, advantages, old_log_probs, cliprange)
     if token_weights is not None:
         per_token = per_token * token_weights
-    if normalize_constant is None:
-        filled = response_mask.bool().any(dim=-1)                                   # an empty mean would be 0/0
-        per_sequence = masked_mean(per_token[filled], response_mask[filled], dim=-1)
+    if normalize_constant is None:      # an empty mean is 0/0
+        per_sequence = torch.where(response_mask.bool().any(dim=-1), masked_mean(per_token, response_mask, dim=-1), 0)      # (B,)
     else:
         per_sequence = masked_normalize(per_token, response_mask, normalize_constant, dim=-1)
-    loss = per_sequence.sum() / len(per_token) / gradient_accumulation_steps
+    loss = per_sequence.mean() / gradient_accumulation_steps
     loss.backward()
     return loss.detach(), metadata
 
@@ -1725,7 +1718,7 @@ class Run:
     tokenizer: object
     sampler: object
     reward_fn: object
-    stop: str | None
+    sampling: dict              # what `generate` needs to know besides prompts, seeds and temperature
     optimizer: torch.optim.Optimizer | None = None
     val_problems: list | None = None
     step: int = 0               # steps done, when a run is resumed
@@ -1790,7 +1783,9 @@ def load_run(args, weights=None):
         raise UserError(f"--model {args.model} does more to its logits than multiply by the output head (a soft cap, say): section 6 leaves that out")
     print(f"model {args.model}: {model.num_parameters() / 1e6:.1f}M parameters on {world_size()} × {args.device}, {args.dtype}, "
           f"attention {attention}", flush=True)
-    return Run(args, model, tokenizer, make_sampler(args, tokenizer), *reward_fn_and_stop(args.prompt))
+    reward_fn, stop = reward_fn_and_stop(args.prompt)
+    return Run(args, model, tokenizer, make_sampler(args, tokenizer), reward_fn,
+               {"max_tokens": args.sampling_max_tokens, "min_tokens": args.sampling_min_tokens, "stop": stop})
 
 
 def load_sampling_problems(run, path, at_least=1):
@@ -1853,12 +1848,11 @@ def split_by_tokens(items, lengths, budget):
 
 
 def microbatches(run, batch, prompts):
-    """Yields this rank's share of a train batch (of make_batch) in microbatches with their "context", the argument of get_response_log_probs.
+    """Yields this rank's share of a train batch (of make_batch) in microbatches, with their "rows" and get_response_log_probs's "context".
 
     Each prompt goes through the model once; when the responses to it have been through, forward and backward, its own backward pass follows.
     """
-    args, prompt_of = run.args, batch["prompt"].flatten().tolist()
-    lengths = batch["response_mask"].sum(dim=1).tolist()
+    args, prompt_of, lengths = run.args, batch["prompt"].flatten().tolist(), batch["response_mask"].sum(dim=1).tolist()
 
     def plan(rows):
         """[(prompts, [the rows of each microbatch of responses to them])]"""
@@ -1871,60 +1865,52 @@ def microbatches(run, batch, prompts):
     # A rank has the responses to every N-th prompt. It makes as many passes as the busiest rank, since those fetch its weights: where it has
     # nothing left to do, with a response of which nothing counts.
     plans = [plan([i for i, p in enumerate(prompt_of) if p % world_size() == r]) for r in range(world_size())]
-    for group in range(max(map(len, plans))):
-        groups = [plan[group] if group < len(plan) else (prompt_of[:1], []) for plan in plans]
-        some, parts = groups[rank()]
+    for groups in itertools.zip_longest(*plans, fillvalue=(prompt_of[:1], [])):
+        some, _ = groups[rank()]
         with autocast(args):
             shared = SharedPrompts(run.model, [prompts[p] for p in some])
-        for i in range(max(len(parts) for _, parts in groups)):
-            part = parts[i] if i < len(parts) else [parts[0][0] if parts else 0]
-            micro = take(batch, torch.tensor(part, device=args.device))
-            if i >= len(parts):
-                micro["response_mask"] = torch.zeros_like(micro["response_mask"])
-            numbers = torch.tensor([some.index(prompt_of[row]) for row in part], device=args.device)
-            yield micro | {"context": shared.context(numbers, micro["labels"].shape[1])}
+        for parts in itertools.zip_longest(*(parts for _, parts in groups)):
+            part = parts[rank()] or [prompt_of.index(some[0])]
+            rows = torch.tensor(part, device=args.device)
+            numbers = torch.tensor([some.index(prompt_of[i]) for i in part], device=args.device)
+            micro = take(batch, rows)
+            micro["response_mask"] &= parts[rank()] is not None
+            yield micro | {"rows": rows, "context": shared.context(numbers, micro["labels"].shape[1])}
         shared.backward()
 
 
-def through_the_model(run, batch, prompts, temperature, train_step):
-    """Sends a train batch through the model: train_step(micro, log_probs) computes the loss of a microbatch and its gradient, and returns
-    (loss, metadata). Returns the sums over all microbatches and ranks of loss, entropy (nats) and clipped tokens."""
-    sums = torch.zeros(3, dtype=torch.float64)
-    for micro in microbatches(run, batch, prompts):
-        mask = micro["response_mask"]
-        with autocast(run.args):
-            out = get_response_log_probs(run.model, micro["input_ids"], micro["labels"], True, temperature, mask, **micro["context"])
-        loss, metadata = train_step(micro, out["log_probs"])
-        clipped = metadata["clipped"] & mask if "clipped" in metadata else torch.zeros(())
-        sums += torch.tensor([loss.item() / world_size(), masked_normalize(out["token_entropy"], mask, 1.0).item(), clipped.sum().item()])
-    return sum(from_all_ranks(sums)).tolist()
-
-
 def train_on(run, batch, prompts, temperature, train_step):
-    """through_the_model. Where memory runs out it begins again, once in a run, with half the --tokens_per_microbatch."""
-    try:
-        return through_the_model(run, batch, prompts, temperature, train_step)
-    except RuntimeError as error:
-        if not out_of_memory(error) or run.halved or run.args.gradient_accumulation_steps or world_size() > 1:
-            raise
-    run.halved = True               # here, not in the except clause: there the exception still holds the failed attempt's tensors
-    run.args.tokens_per_microbatch //= 2
-    print(f"out of memory: from here on with --tokens_per_microbatch {run.args.tokens_per_microbatch}", flush=True)
-    if torch.is_grad_enabled():
-        run.optimizer.zero_grad()
-    return through_the_model(run, batch, prompts, temperature, train_step)
+    """Sends a train batch through the model: train_step(micro, log_probs) computes a microbatch's loss and its gradient, and returns
+    (loss, metadata). Returns the sums over all microbatches and ranks of loss, entropy (nats) and clipped tokens, (3,). Where memory runs out
+    it begins again, once in a run, with half the --tokens_per_microbatch."""
+    def attempt():
+        sums = torch.zeros(3, dtype=torch.float64)
+        for micro in microbatches(run, batch, prompts):
+            mask = micro["response_mask"]
+            with autocast(run.args):
+                out = get_response_log_probs(run.model, micro["input_ids"], micro["labels"], True, temperature, mask, **micro["context"])
+            loss, metadata = train_step(micro, out["log_probs"])
+            clipped = metadata["clipped"] & mask if "clipped" in metadata else torch.zeros(())
+            sums += torch.tensor([loss.item() / world_size(), masked_normalize(out["token_entropy"], mask, 1.0).item(), clipped.sum().item()])
+        return sum(from_all_ranks(sums))
+
+    while True:         # the second attempt is not in the except clause: there the exception still holds the first one's tensors
+        try:
+            return attempt()
+        except RuntimeError as error:
+            if not out_of_memory(error) or run.halved or run.args.gradient_accumulation_steps or world_size() > 1:
+                raise
+            run.halved = True
+            run.args.tokens_per_microbatch //= 2
+            print(f"out of memory: from here on with --tokens_per_microbatch {run.args.tokens_per_microbatch}", flush=True)
+            if torch.is_grad_enabled():
+                run.optimizer.zero_grad()
 
 
-def accumulation_steps(batch, mask):
-    """The steps' argument gradient_accumulation_steps for a microbatch with this mask: n / b, see there. FSDP averages over the ranks."""
-    return len(batch["labels"]) / len(mask) / world_size()
-
-
-MAX_SKIPPED = 5             # updates in a row without a finite gradient that end a run
-
-
-def optimizer_step(run, learning_rate, loss):
-    """Clips the accumulated gradient and applies it, unless it or the loss is not finite. Returns its norm before clipping."""
+def optimizer_step(run, learning_rate, tokens, sums):
+    """Clips the accumulated gradient and applies it, unless it or the loss is not finite. Returns what update_metrics needs to know: the gradient's
+    norm before clipping, the number of response tokens and the sums of train_on."""
+    loss, entropy_sum, clipped = sums.tolist()
     reshard(run.model)
     parameters = run.optimizer.param_groups[0]["params"]
     for parameter in parameters:
@@ -1936,10 +1922,10 @@ def optimizer_step(run, learning_rate, loss):
     if not run.skipped:
         run.optimizer.step()
     run.optimizer.zero_grad()
-    if run.skipped == MAX_SKIPPED:
-        raise UserError(f"the gradient of {MAX_SKIPPED} updates in a row was not finite (last norm {grad_norm}, loss {loss}), so none of them was "
-                        "applied: the weights or the log-probs have overflowed; a lower --learning_rate may help. What was saved before is intact")
-    return grad_norm
+    if run.skipped == 5:
+        raise UserError(f"the gradient of {run.skipped} updates in a row was not finite (last norm {grad_norm}, loss {loss}), so none of them was "
+                        "applied; a lower --learning_rate may help. What was saved before is intact")
+    return {"loss": loss, "grad_norm": grad_norm, "entropy_sum": entropy_sum, "clipped": clipped, "tokens": tokens}
 
 
 def learning_rate_at(args, step, last_step):
@@ -1947,25 +1933,23 @@ def learning_rate_at(args, step, last_step):
     return args.learning_rate * (1 - (step - 1) / last_step if args.lr_schedule == "linear" else 1)
 
 
-def update_metrics(updates):
+def update_metrics(updates, loss_name="loss"):
     """Averages the metrics of a step's updates: entropy and clipping over all their response tokens, loss and norm over the updates that were
     applied. The gap to the sampler is the first update's, before the weights moved."""
+    if not updates:
+        return {loss_name: None}
     tokens = sum(u["tokens"] for u in updates)
     applied = [u for u in updates if math.isfinite(u["grad_norm"] + u["loss"])]
-    means = {name: sum(u[name] for u in applied) / len(applied) if applied else None for name in ("loss", "grad_norm")}
-    return {**means, "token_entropy": sum(u["entropy_sum"] for u in updates) / tokens, "clip_fraction": sum(u["clipped"] for u in updates) / tokens,
-            "skipped_updates": len(updates) - len(applied), **updates[0].get("gap", {})}
+    loss, grad_norm = (sum(u[name] for u in applied) / len(applied) if applied else None for name in ("loss", "grad_norm"))
+    return {loss_name: loss, "grad_norm": grad_norm, "token_entropy": sum(u["entropy_sum"] for u in updates) / tokens,
+            "clip_fraction": sum(u["clipped"] for u in updates) / tokens, "skipped_updates": len(updates) - len(applied), **updates[0].get("gap", {})}
 
 
-def sampling_settings(run, temperature):
-    """What a sampler's generate needs to know besides prompts and seed."""
-    return {"temperature": temperature, "max_tokens": run.args.sampling_max_tokens, "min_tokens": run.args.sampling_min_tokens, "stop": run.stop}
-
-
-def sampling_metrics(rollouts, seconds):
-    """Lengths and speed of a batch of rollouts."""
-    tokens = sum(len(r.response_ids) for r in rollouts)
-    return {"response_length": tokens / len(rollouts), "tokens_per_second": tokens / seconds,
+def rollout_metrics(rollouts, failed, started, sampled, graded):
+    """The lengths of a step's rollouts, and how long its parts took. It ends now."""
+    tokens, trained = sum(len(r.response_ids) for r in rollouts), time.perf_counter()
+    return {"time": trained - started, "time_sampling": sampled - started, "time_grading": graded - sampled, "time_training": trained - graded,
+            "tokens_per_second": tokens / (sampled - started), "response_length": tokens / len(rollouts), "grading_timeouts": failed,
             "truncated_fraction": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts)}
 
 
@@ -1981,22 +1965,18 @@ def place_log_probs(rollouts, response_mask):
     return placed
 
 
-def logprob_gap(log_probs, sampler_log_probs, response_mask, min_tokens):
-    """|log π − log π_sampler| of the response tokens, flat. The first min_tokens are left out: end-of-sequence is banned there, and vLLM's
-    log-probs are those of the tokens that are left."""
-    counted = response_mask & (response_mask.cumsum(dim=1) > min_tokens)
-    return (log_probs - sampler_log_probs)[counted].abs()
-
-
-def check_gap(args, gaps):
-    """The metrics of a flat tensor of gaps. Raises UserError where they are too large: the most expensive silent bug of this field is a
-    sampler with stale weights."""
+def check_gap(args, compared):
+    """Mean and maximum, over all ranks, of |log π − log π_sampler| of the response tokens in `compared`: (log π, log π_sampler, response_mask) of
+    each microbatch, (b, t) each. The first tokens are left out: end-of-sequence is banned there, and vLLM's log-probs are those of the others.
+    Raises UserError where it is too large: the most expensive silent bug of this field is a sampler with stale weights."""
+    gaps = [(ours - theirs)[mask & (mask.cumsum(dim=1) > args.sampling_min_tokens)].abs() for ours, theirs, mask in compared]
+    gaps = torch.cat(from_all_ranks(torch.cat(gaps).cpu()))
     mean, largest = (gaps.mean().item(), gaps.max().item()) if len(gaps) else (0.0, 0.0)
     limits = GAP_LIMITS["bfloat16" if args.device == "cuda" else args.dtype]
     if not (mean <= limits[0] and largest <= limits[1]):        # nan, too
-        raise UserError(f"the sampler's log-probs differ from the trainer's by {mean:.2g} nats on average and {largest:.2g} at most (limits for "
-                        f"{args.dtype}: {limits[0]:g} and {limits[1]:g}): it samples with stale or wrong weights. The step was not applied; "
-                        "checkpoints saved before it are intact")
+        raise UserError(f"the sampler's log-probs differ from the trainer's by {mean:.2g} nats on average and {largest:.2g} at most (limits: "
+                        f"{limits[0]:g} and {limits[1]:g}): it samples with stale or wrong weights. The step was not applied; what was saved before "
+                        "is intact")
     return {"logprob_gap_mean": mean, "logprob_gap_max": largest}
 
 
@@ -2007,7 +1987,7 @@ def check_sampler(run, rollouts, temperature):
     ids, labels, mask = (tensor.to(run.args.device) for tensor in batch.values())
     with torch.no_grad(), autocast(run.args):
         log_probs = get_response_log_probs(run.model, ids, labels, temperature=temperature, response_mask=mask)["log_probs"]
-    return check_gap(run.args, logprob_gap(log_probs, place_log_probs(rollouts, mask), mask, run.args.sampling_min_tokens))
+    return check_gap(run.args, [(log_probs, place_log_probs(rollouts, mask), mask)])
 
 
 def sample_for_training(run, problems, count, n, step):
@@ -2016,7 +1996,7 @@ def sample_for_training(run, problems, count, n, step):
     drawn = random.Random(seed_for(args.seed, step, "problems")).sample(problems, count)
     run.sampler.load_weights(run.model)
     rollouts = sample(run.sampler, [p["prompt_ids"] for p in drawn], n, seed_for(args.seed, step, "rollouts"),
-                      **sampling_settings(run, args.sampling_temperature))
+                      temperature=args.sampling_temperature, **run.sampling)
     return rollouts, [p for p in drawn for _ in range(n)]
 
 
@@ -2025,7 +2005,7 @@ def evaluate_run(run, problems, n, step):
     args = run.args
     run.sampler.load_weights(run.model)
     metrics, rollouts, rewards = evaluate(run.sampler, problems, run.reward_fn, n, seed_for(args.seed, step, "evaluation"),
-                                          **sampling_settings(run, args.eval_temperature))
+                                          temperature=args.eval_temperature, **run.sampling)
     if args.eval_temperature > 0:
         check_sampler(run, rollouts, args.eval_temperature)
     log_generations(Path(args.output_dir, "samples.jsonl"), step, "evaluation", rollouts, rewards, [p for p in problems for _ in range(n)])
@@ -2128,16 +2108,15 @@ def start_logging(run, last_step):
 
 
 def sft_update(run, examples, learning_rate):
-    """One optimizer update on (prompt_ids, response_ids) pairs. Returns the update's metrics; its loss is in nats per token."""
-    batch, prompts = make_batch(run, [p for p, _ in examples], [r for _, r in examples])
+    """One optimizer update on (prompt_ids, response_ids) pairs. Returns what update_metrics needs; the loss is in nats per token."""
+    batch, prompts = make_batch(run, *zip(*examples))
     tokens = int(batch["response_mask"].sum())
 
-    def train_step(micro, log_probs):
-        mask = micro["response_mask"]
-        return sft_microbatch_train_step(log_probs, mask, accumulation_steps(batch, mask), normalize_constant=tokens / len(examples))
+    def train_step(micro, log_probs):       # n / b steps, and FSDP averages over the ranks
+        steps = len(examples) / len(log_probs) / world_size()
+        return sft_microbatch_train_step(log_probs, micro["response_mask"], steps, normalize_constant=tokens / len(examples))
 
-    loss, entropy_sum, _ = train_on(run, batch, prompts, 1.0, train_step)
-    return {"loss": loss, "entropy_sum": entropy_sum, "clipped": 0, "tokens": tokens, "grad_norm": optimizer_step(run, learning_rate, loss)}
+    return optimizer_step(run, learning_rate, tokens, train_on(run, batch, prompts, 1.0, train_step))
 
 
 def train_sft(args):
@@ -2146,8 +2125,7 @@ def train_sft(args):
     traces = load_traces(args.sft_data, args.prompt, run.reward_fn)
     if args.n_sft_examples > len(traces):
         raise UserError(f"--n_sft_examples {args.n_sft_examples}: {args.sft_data} has {len(traces)}")
-    if args.n_sft_examples:
-        traces = random.Random(seed_for(args.seed, 0, "traces")).sample(traces, args.n_sft_examples)
+    traces = random.Random(seed_for(args.seed, 0, "traces")).sample(traces, args.n_sft_examples) if args.n_sft_examples else traces
     prompt_ids = run.tokenizer([t["prompt"] for t in traces])["input_ids"]
     response_ids = run.tokenizer([t["response"] for t in traces], add_special_tokens=False)["input_ids"]
     examples = [(p, r + [run.tokenizer.eos_token_id]) for p, r in zip(prompt_ids, response_ids) if len(p) + len(r) < args.max_length]
@@ -2161,11 +2139,10 @@ def train_sft(args):
         epoch, i = divmod(step - 1, per_epoch)      # a new order in each epoch, which a resumed run finds again by its seed
         shuffled = random.Random(seed_for(args.seed, epoch, "order of traces")).sample(examples, len(examples))
         learning_rate = learning_rate_at(args, step, run.last_step)
-        metrics = update_metrics([sft_update(run, shuffled[i * args.train_batch_size:(i + 1) * args.train_batch_size], learning_rate)])
+        update = sft_update(run, shuffled[i * args.train_batch_size:(i + 1) * args.train_batch_size], learning_rate)
         seconds = time.perf_counter() - started
-        metrics["train/loss"] = metrics.pop("loss")
-        finish_step(run, {"step": step, "time": seconds, "time_training": seconds, "train/learning_rate": learning_rate, **metrics},
-                    checkpoint=f"checkpoint-{step}")
+        finish_step(run, {"step": step, "time": seconds, "time_training": seconds, "train/learning_rate": learning_rate,
+                          **update_metrics([update], "train/loss")}, checkpoint=f"checkpoint-{step}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2191,25 +2168,17 @@ def train_expert_iteration(args):
         log_generations(Path(args.output_dir, "samples.jsonl"), step, "training", rollouts, rewards, repeated)
         correct = [(r.prompt_ids, r.response_ids) for r, reward in zip(rollouts, rewards) if reward["reward"] == 1]
 
-        # 3. Fine-tune on it. The optimizer's state goes on from step to step.
-        learning_rate = learning_rate_at(args, step, run.last_step)
-        updates = []
+        # 3. Fine-tune on it: no update where nothing is right. The optimizer's state goes on from step to step.
+        learning_rate, updates = learning_rate_at(args, step, run.last_step), []
         for epoch in range(args.sft_epochs):
             shuffled = random.Random(seed_for(args.seed, step, f"epoch {epoch}")).sample(correct, len(correct))
             for i in range(0, len(correct), args.train_batch_size):
                 updates.append(sft_update(run, shuffled[i:i + args.train_batch_size], learning_rate))
-        metrics = update_metrics(updates) if updates else {"loss": None}
-        if not updates:
-            print(f"step {step}: none of {len(rollouts)} samples is right, so there is nothing to learn from")
-        trained = time.perf_counter()
 
         # 4. Validate, log and save.
-        metrics["ei/sft_loss"] = metrics.pop("loss")
-        finish_step(run, {"step": step, "time": trained - started, "time_sampling": sampled - started, "time_grading": graded - sampled,
-                          "time_training": trained - graded, "ei/avg_reward": sum(r["reward"] for r in rewards) / len(rewards),
-                          "train_reward_format": sum(r["format_reward"] for r in rewards) / len(rewards),
-                          "ei/filtered_samples": len(correct), "grading_timeouts": failed, "learning_rate": learning_rate,
-                          **sampling_metrics(rollouts, sampled - started), **gap, **metrics},
+        finish_step(run, {"step": step, "ei/avg_reward": sum(r["reward"] for r in rewards) / len(rewards), "ei/filtered_samples": len(correct),
+                          "train_reward_format": sum(r["format_reward"] for r in rewards) / len(rewards), "learning_rate": learning_rate, **gap,
+                          **rollout_metrics(rollouts, failed, started, sampled, graded), **update_metrics(updates, "ei/sft_loss")},
                     checkpoint=f"checkpoint_ei_step_{step}")
 
 
@@ -2218,33 +2187,45 @@ def train_expert_iteration(args):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def compute_old_log_probs(run, batch, prompts):
+    """log π of the sampled tokens under the policy as it is now, (N, T). A rank fills in the responses to its own prompts, the ones it trains on."""
+    old_log_probs = torch.zeros(batch["labels"].shape, device=run.args.device)
+
+    def keep(micro, log_probs):             # in the place of a loss
+        i, t = micro["response_mask"].nonzero(as_tuple=True)
+        old_log_probs[micro["rows"][i], t] = log_probs[i, t]
+        return torch.zeros(()), {}
+
+    with torch.no_grad():
+        train_on(run, batch, prompts, run.args.sampling_temperature, keep)
+    return old_log_probs
+
+
 def grpo_update(run, batch, prompts, learning_rate):
-    """One optimizer update on a train batch: make_batch's with "sampler_log_probs" and, off-policy, "old_log_probs", each (B, T), and
-    "raw_rewards" and "advantages" (B, 1). Returns the update's metrics. Raises UserError, before the update, for a stale sampler."""
-    args, gaps = run.args, []
+    """One optimizer update on a train batch: make_batch's with "sampler_log_probs" and, off-policy, "old_log_probs", each (B, T), and "raw_rewards"
+    and "advantages" (B, 1). Returns what update_metrics needs. Raises UserError, before the update, for a stale sampler."""
+    args, compared, sums = run.args, [], torch.zeros(3)
 
     def train_step(micro, log_probs):
-        mask = micro["response_mask"]
+        mask, sampler_log_probs = micro["response_mask"], micro["sampler_log_probs"]
         old_log_probs = micro.get("old_log_probs", log_probs.detach())              # on-policy the old policy is this one
-        gaps.append(logprob_gap(old_log_probs, micro["sampler_log_probs"], mask, args.sampling_min_tokens))
+        compared.append((old_log_probs, sampler_log_probs, mask))
         if not torch.is_grad_enabled():
             return torch.zeros(()), {}
         return grpo_microbatch_train_step(
-            log_probs, mask, accumulation_steps(batch, mask), args.loss_type, micro["raw_rewards"], micro["advantages"], old_log_probs,
-            args.cliprange, args.sampling_max_tokens if args.length_normalization == "masked_normalize" else None,
-            importance_weights(old_log_probs, micro["sampler_log_probs"], args.is_correction) if args.is_correction else None)
+            log_probs, mask, len(batch["labels"]) / len(mask) / world_size(), args.loss_type, micro["raw_rewards"], micro["advantages"],
+            old_log_probs, args.cliprange, args.sampling_max_tokens if args.length_normalization == "masked_normalize" else None,
+            importance_weights(old_log_probs, sampler_log_probs, args.is_correction) if args.is_correction else None)
 
     # A response of weight 0 has gradient 0: it goes forward, for the metrics, but not backward.
     teaches = (batch["raw_rewards" if args.loss_type == "no_baseline" else "advantages"] != 0).flatten()
-    sums = torch.zeros(3)
-    for rows, backward in ((teaches.nonzero().flatten(), True), ((~teaches).nonzero().flatten(), False)):
+    for backward in (True, False):
+        rows = (teaches == backward).nonzero().flatten()
         if len(rows):
             with torch.set_grad_enabled(backward):
-                sums += torch.tensor(train_on(run, take(batch, rows), prompts, args.sampling_temperature, train_step))
-    loss, entropy_sum, clipped = sums.tolist()
-    gap = check_gap(args, torch.cat(from_all_ranks(torch.cat(gaps).cpu())))
-    return {"loss": loss, "entropy_sum": entropy_sum, "clipped": clipped, "tokens": int(batch["response_mask"].sum()), "gap": gap,
-            "grad_norm": optimizer_step(run, learning_rate, loss)}
+                sums += train_on(run, take(batch, rows), prompts, args.sampling_temperature, train_step).float()
+    gap = check_gap(args, compared)
+    return optimizer_step(run, learning_rate, int(batch["response_mask"].sum()), sums) | {"gap": gap}
 
 
 def train_grpo(args):
@@ -2261,30 +2242,18 @@ def train_grpo(args):
         sampled = time.perf_counter()
 
         # 2. Grade them and compare each with its group.
-        advantages, raw_rewards, reward_metadata = compute_group_normalized_rewards(
+        advantages, raw_rewards, grades = compute_group_normalized_rewards(
             run.reward_fn, [r.text for r in rollouts], [p["answer"] for p in repeated], args.group_size, args.advantage_eps,
             args.use_std_normalization and args.group_size > 1)
-        time_grading = time.perf_counter() - sampled
-        log_generations(Path(args.output_dir, "samples.jsonl"), step, "training", rollouts, reward_metadata["rewards"], repeated)
+        graded = time.perf_counter()
+        log_generations(Path(args.output_dir, "samples.jsonl"), step, "training", rollouts, grades["rewards"], repeated)
 
-        # 3. Put the rollouts, their advantages and the sampler's log-probs into tensors, a row for each response.
+        # 3. Put the rollouts, their advantages and the log-probs of sampler and old policy into tensors, a row for each response.
         batch, prompts = make_batch(run, [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])
         batch |= {"raw_rewards": raw_rewards[:, None].to(args.device), "advantages": advantages[:, None].to(args.device),        # (N, 1) each
                   "sampler_log_probs": place_log_probs(rollouts, batch["response_mask"])}
-        if off_policy:          # from the second update on π is not π_old any more: the latter's log-probs are computed now, for all rollouts
-            # train_on makes the forward passes; in the place of a loss `keep` writes each microbatch's log-probs into its rows. A rank fills the
-            # rows of its own prompts only, and it trains on those alone.
-            old_log_probs = torch.zeros(batch["labels"].shape, device=args.device)
-            batch["row"] = torch.arange(len(rollouts), device=args.device)[:, None]
-
-            def keep(micro, log_probs):
-                rows, positions = micro["response_mask"].nonzero(as_tuple=True)
-                old_log_probs[micro["row"].flatten()[rows], positions] = log_probs[rows, positions]
-                return torch.zeros(()), {}
-
-            with torch.no_grad():
-                train_on(run, batch, prompts, args.sampling_temperature, keep)
-            batch["old_log_probs"] = old_log_probs
+        if off_policy:          # from the second update on π is not π_old any more
+            batch["old_log_probs"] = compute_old_log_probs(run, batch, prompts)
 
         # 4. Update the policy: once on-policy, or once for each train batch in each epoch.
         learning_rate, updates = learning_rate_at(args, step, run.last_step), []
@@ -2292,15 +2261,12 @@ def train_grpo(args):
             order = torch.randperm(len(rollouts), generator=torch.Generator().manual_seed(seed_for(args.seed, step, f"epoch {epoch}")))
             for rows in order.split(args.train_batch_size):
                 updates.append(grpo_update(run, take(batch, rows), prompts, learning_rate))
-        finished = time.perf_counter()
 
         # 5. Validate, log and save.
-        finish_step(run, {"step": step, "time": finished - started, "time_sampling": sampled - started, "time_grading": time_grading,
-                          "time_training": finished - sampled - time_grading, "train_reward_total": reward_metadata["reward_mean"],
-                          "train_reward_format": reward_metadata["format_reward_mean"], "train_reward_answer": reward_metadata["answer_reward_mean"],
-                          "advantage_std": advantages.std(correction=0).item(), "equal_reward_groups": reward_metadata["equal_reward_groups"],
-                          "grading_timeouts": reward_metadata["grading_timeouts"],
-                          "learning_rate": learning_rate, **sampling_metrics(rollouts, sampled - started), **update_metrics(updates)},
+        finish_step(run, {"step": step, "train_reward_total": grades["reward_mean"], "train_reward_format": grades["format_reward_mean"],
+                          "train_reward_answer": grades["answer_reward_mean"], "equal_reward_groups": grades["equal_reward_groups"],
+                          "advantage_std": advantages.std(correction=0).item(), "learning_rate": learning_rate,
+                          **rollout_metrics(rollouts, grades["grading_timeouts"], started, sampled, graded), **update_metrics(updates)},
                     checkpoint=f"checkpoint_step_{step}")
 
 
@@ -2316,7 +2282,7 @@ def run_eval(args):
         run.sampler.load_weights(run.model)
         prompt_ids = run.tokenizer(format_prompt(args.prompt, args.question))["input_ids"]
         for rollout in sample(run.sampler, [prompt_ids], args.eval_samples, seed_for(args.seed, 0, "question"),
-                              **sampling_settings(run, args.eval_temperature)):
+                              temperature=args.eval_temperature, **run.sampling):
             print(rollout.text.strip())
         return
     problems = load_val_problems(run)
