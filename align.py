@@ -1088,10 +1088,7 @@ def compute_group_normalized_rewards(reward_fn, rollout_responses, repeated_grou
 
 
 def compute_naive_policy_gradient_loss(raw_rewards_or_advantages, policy_log_probs):
-    """−A · log π per token, (B, T): its gradient is REINFORCE's, the score function weighted by the advantage.
-
-    Args: raw_rewards_or_advantages (B, 1), policy_log_probs (B, T).
-    """
+    """−A · log π per token, (B, T), of advantages (B, 1): its gradient is REINFORCE's, the score function weighted by the advantage."""
     return -raw_rewards_or_advantages * policy_log_probs
 
 
@@ -1115,8 +1112,7 @@ def compute_policy_gradient_loss(policy_log_probs, loss_type, raw_rewards=None, 
         grpo_clip                 −min(ρA, clip(ρ, 1−ε, 1+ε)A)        several updates per rollout batch, kept close to π_old
         grpo_no_clip              −ρA                                 the same without the bound
 
-    Raises ValueError for an unknown type, for an argument that the type needs and did not get, and for rewards or advantages that are not
-    (B, 1): those of shape (B,) would be spread over the tokens.
+    Raises ValueError for an unknown type, a missing argument, and rewards or advantages of shape (B,), which would spread over the tokens.
     """
     needs = {"no_baseline": dict(raw_rewards=raw_rewards), "reinforce_with_baseline": dict(advantages=advantages),
              "grpo_clip": dict(advantages=advantages, old_log_probs=old_log_probs, cliprange=cliprange),
@@ -1137,8 +1133,8 @@ def compute_policy_gradient_loss(policy_log_probs, loss_type, raw_rewards=None, 
 def importance_weights(old_log_probs, sampler_log_probs, cap):
     """min(π_old / π_sampler, cap) per token, (B, T): truncated importance sampling ([IMPALA] section 4.1, [TIS]).
 
-    The sampler has the same weights as the trainer but other kernels and often other precision, so it samples from a slightly other
-    distribution. The ratio makes the gradient's expectation right again, and the cap bounds what it adds in variance.
+    A sampler with the trainer's weights but other kernels or precision samples from a slightly other distribution. The ratio makes the
+    gradient's expectation right again, and the cap bounds what it adds in variance.
     """
     return (old_log_probs - sampler_log_probs).exp().clamp(max=cap)
 
@@ -1858,9 +1854,10 @@ def microbatches(run, batch, prompts):
         """[(prompts, [the rows of each microbatch of responses to them])]"""
         if args.gradient_accumulation_steps:
             n = math.ceil(args.train_batch_size / args.gradient_accumulation_steps / world_size())
-            return [(sorted({prompt_of[i] for i in part}), [part]) for part in (rows[i:i + n] for i in range(0, len(rows), n))]
-        return [(some, split_by_tokens([i for i in rows if prompt_of[i] in some], lengths, args.tokens_per_microbatch))
-                for some in split_by_tokens(sorted({prompt_of[i] for i in rows}), [len(ids) for ids in prompts], args.tokens_per_microbatch)]
+            parts = [rows[i:i + n] for i in range(0, len(rows), n)]
+            return [(sorted({prompt_of[i] for i in part}), [part]) for part in parts]
+        together = split_by_tokens(sorted({prompt_of[i] for i in rows}), [len(ids) for ids in prompts], args.tokens_per_microbatch)
+        return [(some, split_by_tokens([i for i in rows if prompt_of[i] in some], lengths, args.tokens_per_microbatch)) for some in together]
 
     # A rank has the responses to every N-th prompt. It makes as many passes as the busiest rank, since those fetch its weights: where it has
     # nothing left to do, with a response of which nothing counts.
@@ -1869,29 +1866,30 @@ def microbatches(run, batch, prompts):
         some, _ = groups[rank()]
         with autocast(args):
             shared = SharedPrompts(run.model, [prompts[p] for p in some])
-        for parts in itertools.zip_longest(*(parts for _, parts in groups)):
-            part = parts[rank()] or [prompt_of.index(some[0])]
+        for turn in itertools.zip_longest(*(parts for _, parts in groups)):
+            part = turn[rank()] or [prompt_of.index(some[0])]
             rows = torch.tensor(part, device=args.device)
             numbers = torch.tensor([some.index(prompt_of[i]) for i in part], device=args.device)
             micro = take(batch, rows)
-            micro["response_mask"] &= parts[rank()] is not None
+            micro["response_mask"] &= turn[rank()] is not None
             yield micro | {"rows": rows, "context": shared.context(numbers, micro["labels"].shape[1])}
         shared.backward()
 
 
 def train_on(run, batch, prompts, temperature, train_step):
     """Sends a train batch through the model: train_step(micro, log_probs) computes a microbatch's loss and its gradient, and returns
-    (loss, metadata). Returns the sums over all microbatches and ranks of loss, entropy (nats) and clipped tokens, (3,). Where memory runs out
-    it begins again, once in a run, with half the --tokens_per_microbatch."""
+    (loss, metadata). Returns the sums over all microbatches and ranks of loss, entropy (nats), clipped tokens and tokens, (4,). Where memory runs
+    out it begins again, once in a run, with half the --tokens_per_microbatch."""
     def attempt():
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64)
         for micro in microbatches(run, batch, prompts):
             mask = micro["response_mask"]
             with autocast(run.args):
                 out = get_response_log_probs(run.model, micro["input_ids"], micro["labels"], True, temperature, mask, **micro["context"])
             loss, metadata = train_step(micro, out["log_probs"])
-            clipped = metadata["clipped"] & mask if "clipped" in metadata else torch.zeros(())
-            sums += torch.tensor([loss.item() / world_size(), masked_normalize(out["token_entropy"], mask, 1.0).item(), clipped.sum().item()])
+            entropy = masked_normalize(out["token_entropy"], mask, 1.0).item()
+            clipped = (metadata["clipped"] & mask).sum().item() if "clipped" in metadata else 0
+            sums += torch.tensor([loss.item() / world_size(), entropy, clipped, mask.sum().item()])
         return sum(from_all_ranks(sums))
 
     while True:         # the second attempt is not in the except clause: there the exception still holds the first one's tensors
@@ -1907,10 +1905,10 @@ def train_on(run, batch, prompts, temperature, train_step):
                 run.optimizer.zero_grad()
 
 
-def optimizer_step(run, learning_rate, tokens, sums):
-    """Clips the accumulated gradient and applies it, unless it or the loss is not finite. Returns what update_metrics needs to know: the gradient's
-    norm before clipping, the number of response tokens and the sums of train_on."""
-    loss, entropy_sum, clipped = sums.tolist()
+def optimizer_step(run, learning_rate, sums):
+    """Clips the accumulated gradient and applies it, unless it or the loss is not finite. Returns what update_metrics needs to know: the sums, which
+    are train_on's, and the gradient's norm before clipping."""
+    loss, entropy_sum, clipped, tokens = sums.tolist()
     reshard(run.model)
     parameters = run.optimizer.param_groups[0]["params"]
     for parameter in parameters:
@@ -1974,15 +1972,13 @@ def check_gap(args, compared):
     mean, largest = (gaps.mean().item(), gaps.max().item()) if len(gaps) else (0.0, 0.0)
     limits = GAP_LIMITS["bfloat16" if args.device == "cuda" else args.dtype]
     if not (mean <= limits[0] and largest <= limits[1]):        # nan, too
-        raise UserError(f"the sampler's log-probs differ from the trainer's by {mean:.2g} nats on average and {largest:.2g} at most (limits: "
-                        f"{limits[0]:g} and {limits[1]:g}): it samples with stale or wrong weights. The step was not applied; what was saved before "
-                        "is intact")
+        raise UserError(f"the sampler's log-probs differ from the trainer's by {mean:.2g} nats on average and {largest:.2g} at most (limits "
+                        f"{limits}): it samples with stale or wrong weights. The step was not applied; what was saved before is intact")
     return {"logprob_gap_mean": mean, "logprob_gap_max": largest}
 
 
 def check_sampler(run, rollouts, temperature):
-    """check_gap on a few rollouts, for the loops that do not compute the sampled tokens' log-probs anyway."""
-    rollouts = rollouts[:16]
+    """check_gap on a few rollouts, where the sampled tokens' log-probs are not computed anyway."""
     batch = batch_token_ids([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], 0)
     ids, labels, mask = (tensor.to(run.args.device) for tensor in batch.values())
     with torch.no_grad(), autocast(run.args):
@@ -1992,23 +1988,21 @@ def check_sampler(run, rollouts, temperature):
 
 def sample_for_training(run, problems, count, n, step):
     """n rollouts for each of `count` problems, drawn without replacement, from the policy as it is now. Returns them and their problems."""
-    args = run.args
-    drawn = random.Random(seed_for(args.seed, step, "problems")).sample(problems, count)
+    drawn = random.Random(seed_for(run.args.seed, step, "problems")).sample(problems, count)
     run.sampler.load_weights(run.model)
-    rollouts = sample(run.sampler, [p["prompt_ids"] for p in drawn], n, seed_for(args.seed, step, "rollouts"),
-                      temperature=args.sampling_temperature, **run.sampling)
+    rollouts = sample(run.sampler, [p["prompt_ids"] for p in drawn], n, seed_for(run.args.seed, step, "rollouts"),
+                      temperature=run.args.sampling_temperature, **run.sampling)
     return rollouts, [p for p in drawn for _ in range(n)]
 
 
 def evaluate_run(run, problems, n, step):
     """`evaluate` with the run's settings and the weights as they are now; the generations go to samples.jsonl."""
-    args = run.args
     run.sampler.load_weights(run.model)
-    metrics, rollouts, rewards = evaluate(run.sampler, problems, run.reward_fn, n, seed_for(args.seed, step, "evaluation"),
-                                          temperature=args.eval_temperature, **run.sampling)
-    if args.eval_temperature > 0:
-        check_sampler(run, rollouts, args.eval_temperature)
-    log_generations(Path(args.output_dir, "samples.jsonl"), step, "evaluation", rollouts, rewards, [p for p in problems for _ in range(n)])
+    metrics, rollouts, rewards = evaluate(run.sampler, problems, run.reward_fn, n, seed_for(run.args.seed, step, "evaluation"),
+                                          temperature=run.args.eval_temperature, **run.sampling)
+    if run.args.eval_temperature > 0:
+        check_sampler(run, rollouts[:16], run.args.eval_temperature)
+    log_generations(Path(run.args.output_dir, "samples.jsonl"), step, "evaluation", rollouts, rewards, [p for p in problems for _ in range(n)])
     return metrics
 
 
@@ -2112,11 +2106,11 @@ def sft_update(run, examples, learning_rate):
     batch, prompts = make_batch(run, *zip(*examples))
     tokens = int(batch["response_mask"].sum())
 
-    def train_step(micro, log_probs):       # n / b steps, and FSDP averages over the ranks
-        steps = len(examples) / len(log_probs) / world_size()
+    def train_step(micro, log_probs):
+        steps = len(examples) / len(log_probs) / world_size()                       # n / b, and FSDP averages over the ranks
         return sft_microbatch_train_step(log_probs, micro["response_mask"], steps, normalize_constant=tokens / len(examples))
 
-    return optimizer_step(run, learning_rate, tokens, train_on(run, batch, prompts, 1.0, train_step))
+    return optimizer_step(run, learning_rate, train_on(run, batch, prompts, 1.0, train_step))
 
 
 def train_sft(args):
@@ -2160,7 +2154,7 @@ def train_expert_iteration(args):
         started = time.perf_counter()
         rollouts, repeated = sample_for_training(run, problems, args.ei_batch_size, args.num_rollouts, step)
         sampled = time.perf_counter()
-        gap = check_sampler(run, rollouts, args.sampling_temperature)
+        gap = check_sampler(run, rollouts[:16], args.sampling_temperature)
 
         # 2. Grade the text, keep the token ids of what is right.
         rewards, failed = grade_responses(run.reward_fn, [r.text for r in rollouts], [p["answer"] for p in repeated])
@@ -2204,7 +2198,7 @@ def compute_old_log_probs(run, batch, prompts):
 def grpo_update(run, batch, prompts, learning_rate):
     """One optimizer update on a train batch: make_batch's with "sampler_log_probs" and, off-policy, "old_log_probs", each (B, T), and "raw_rewards"
     and "advantages" (B, 1). Returns what update_metrics needs. Raises UserError, before the update, for a stale sampler."""
-    args, compared, sums = run.args, [], torch.zeros(3)
+    args, compared, sums = run.args, [], torch.zeros(4)
 
     def train_step(micro, log_probs):
         mask, sampler_log_probs = micro["response_mask"], micro["sampler_log_probs"]
@@ -2212,20 +2206,20 @@ def grpo_update(run, batch, prompts, learning_rate):
         compared.append((old_log_probs, sampler_log_probs, mask))
         if not torch.is_grad_enabled():
             return torch.zeros(()), {}
+        steps = len(batch["labels"]) / len(log_probs) / world_size()                # n / b, and FSDP averages over the ranks
         return grpo_microbatch_train_step(
-            log_probs, mask, len(batch["labels"]) / len(mask) / world_size(), args.loss_type, micro["raw_rewards"], micro["advantages"],
-            old_log_probs, args.cliprange, args.sampling_max_tokens if args.length_normalization == "masked_normalize" else None,
+            log_probs, mask, steps, args.loss_type, micro["raw_rewards"], micro["advantages"], old_log_probs, args.cliprange,
+            args.sampling_max_tokens if args.length_normalization == "masked_normalize" else None,
             importance_weights(old_log_probs, sampler_log_probs, args.is_correction) if args.is_correction else None)
 
     # A response of weight 0 has gradient 0: it goes forward, for the metrics, but not backward.
-    teaches = (batch["raw_rewards" if args.loss_type == "no_baseline" else "advantages"] != 0).flatten()
-    for backward in (True, False):
-        rows = (teaches == backward).nonzero().flatten()
+    weights = batch["raw_rewards" if args.loss_type == "no_baseline" else "advantages"].flatten()
+    for rows, backward in ((weights.nonzero().flatten(), True), ((weights == 0).nonzero().flatten(), False)):
         if len(rows):
             with torch.set_grad_enabled(backward):
                 sums += train_on(run, take(batch, rows), prompts, args.sampling_temperature, train_step).float()
     gap = check_gap(args, compared)
-    return optimizer_step(run, learning_rate, int(batch["response_mask"].sum()), sums) | {"gap": gap}
+    return optimizer_step(run, learning_rate, sums) | {"gap": gap}
 
 
 def train_grpo(args):

@@ -1058,9 +1058,10 @@ def test_a_gradient_or_loss_that_is_not_finite_is_dropped_and_counted(factor, lo
     run = align.Run(args, model, None, None, None, None, torch.optim.AdamW(model.parameters()))
     before = [p.clone() for p in model.parameters()]
     (sum(p.sum() for p in model.parameters()) * factor).backward()
-    update = align.optimizer_step(run, 1e-3, 5, torch.tensor([loss, 0.0, 0.0]))
+    update = align.optimizer_step(run, 1e-3, torch.tensor([loss, 0.0, 0.0, 5.0]))
     assert run.skipped == 1 and all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
-    assert update == pytest.approx({"loss": loss, "entropy_sum": 0.0, "clipped": 0, "tokens": 5, "grad_norm": factor * model.num_parameters()**0.5}, nan_ok=True)
+    norm = factor * model.num_parameters()**0.5
+    assert update == pytest.approx({"loss": loss, "entropy_sum": 0.0, "clipped": 0, "tokens": 5, "grad_norm": norm}, nan_ok=True)
     metrics = align.update_metrics([update, {"loss": 3.0, "entropy_sum": 40.0, "clipped": 0, "tokens": 15, "grad_norm": 2.0}])
     assert (metrics["skipped_updates"], metrics["loss"], metrics["grad_norm"], metrics["token_entropy"]) == (1, 3.0, 2.0, 2.0)
     assert align.update_metrics([update])["loss"] is None
@@ -1074,7 +1075,7 @@ def test_a_run_whose_gradients_stay_infinite_stops_with_the_reason_and_never_app
 
     def update(factor):
         (sum(p.sum() for p in model.parameters()) * factor).backward()
-        align.optimizer_step(run, 0.0, 5, torch.tensor([1.0, 0.0, 0.0]))
+        align.optimizer_step(run, 0.0, torch.tensor([1.0, 0.0, 0.0, 5.0]))
 
     for factor in [math.nan] * 4 + [1.0] + [math.inf] * 4:      # four in a row are not five
         update(factor)
@@ -1552,7 +1553,7 @@ MISTAKES = {
                                     NO_CHECK],
     "another temperature": [("train_on(run, take(batch, rows), prompts, args.sampling_temperature, train_step)",
                              "train_on(run, take(batch, rows), prompts, 0.6, train_step)"), NO_CHECK],
-    "microbatches added up": [('log_probs, mask, len(batch["labels"]) / len(mask) / world_size(), args.loss_type', "log_probs, mask, 1, args.loss_type")],
+    "microbatches added up": [('        steps = len(batch["labels"]) / len(log_probs) / world_size()', "        steps = 1")],
     "summed over tokens": [("masked_mean(per_token, response_mask, dim=-1), 0)", "masked_normalize(per_token, response_mask, 1.0, dim=-1), 0)")],
     "no stop string": [('else (r1_zero_reward_fn, "</answer>")', "else (r1_zero_reward_fn, None)")],
     "tokenised again": [("        batch, prompts = make_batch(run, [r.prompt_ids for r in rollouts],", """        for r in rollouts:
