@@ -1598,16 +1598,15 @@ def sha256(path):
 
 def remove(path):
     """Removes a folder, under a name first that nobody takes for a complete one."""
-    if path.exists():
-        os.replace(path, removed := Path(f"{path}.removed.partial"))
-        shutil.rmtree(removed)
+    shutil.rmtree(path.rename(f"{path}.removed.partial"))
 
 
-def flush(path):
-    """Returns when the disk has a file, or the list of a folder's files."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def flush(*paths):
+    """Returns when the disk has these files, and of a folder the list of its files."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def save_checkpoint(path, model, tokenizer, optimizer=None, step=None):
@@ -1624,89 +1623,58 @@ def save_checkpoint(path, model, tokenizer, optimizer=None, step=None):
     state = {i: gather(tensors.items()) for i, tensors in optimizer.state_dict()["state"].items()} if optimizer else None
     if rank() > 0:
         return
-    partial = Path(f"{path}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, logs = Path(f"{path}.partial"), list(path.parent.glob("*.jsonl"))
     try:
         model.save_pretrained(partial, state_dict=weights)
         tokenizer.save_pretrained(partial)
-        if optimizer:
-            torch.save({"optimizer": {"state": state}, "step": step}, partial / "trainer_state.pt")
-        sums = "".join(f"{sha256(file)}  {file.name}\n" for file in sorted(partial.iterdir()))
-        (partial / "SHA256SUMS").write_text(sums)
-        for file in (*partial.iterdir(), partial):
-            flush(file)
-        remove(Path(path))              # there only if it is damaged, or the final model of fewer steps
+        if optimizer:           # and how long the logs are, so that a resumed run can cut them back to this step
+            log_sizes = {log.name: log.stat().st_size for log in logs}
+            torch.save({"optimizer": state, "step": step, "log_sizes": log_sizes}, partial / "trainer_state.pt")
+        (partial / "SHA256SUMS").write_text("".join(f"{sha256(file)}  {file.name}\n" for file in sorted(partial.iterdir())))
+        flush(*partial.iterdir(), partial, *logs)
+        if path.exists():       # damaged, or the final model of fewer steps
+            remove(path)
         os.replace(partial, path)
-        flush(partial.parent)
+        flush(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:       # safetensors and torch.save do not raise OSError on a full disk
-        free = shutil.disk_usage(partial.parent).free / 1e6
+        free = shutil.disk_usage(path.parent).free / 1e6
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{path} cannot be written ({free:.0f} MB free on its disk): {reason(error)}; what was saved before is intact") from error
 
 
 def checkpoints(folder):
-    """The folder's checkpoints as (step, path), newest first."""
-    found = [(re.search(r"[-_](\d+)$", path.name), path) for path in Path(folder).glob("checkpoint*")]
-    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+    """The folder's checkpoints, newest first."""
+    return sorted(Path(folder).glob("checkpoint*[0-9]"), key=lambda path: int(re.search(r"\d+$", path.name)[0]), reverse=True)
 
 
 def newest_checkpoint(folder):
-    """The newest checkpoint whose files are as they were written, as (step, path), or (0, None). A damaged one is named and passed over."""
-    for step, path in checkpoints(folder):
+    """The newest checkpoint whose files are as they were written, or None. A damaged one is named and passed over."""
+    for path in checkpoints(folder):
         try:
             sums = dict(line.split("  ", 1)[::-1] for line in (path / "SHA256SUMS").read_text().splitlines())
             if "trainer_state.pt" in sums and all(sha256(path / name) == checksum for name, checksum in sums.items()):
-                return step, path
+                return path
         except (OSError, ValueError):       # a file that is missing; a line that is not "checksum  name"
             pass
         print(f"{path} is incomplete or damaged: passed over", flush=True)
-    return 0, None
 
 
-def load_trainer_state(path, optimizer):
-    """Gives the optimizer what a checkpoint holds of its state, to each rank its shards of it."""
-    state = torch.load(path / "trainer_state.pt", map_location="cpu", weights_only=True, mmap=True)["optimizer"]["state"]
-    for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
-        if isinstance(parameter, DTensor) and i in state:      # no state before the first update
-            state[i] = {name: distribute_tensor(tensor, parameter.device_mesh, parameter.placements) if tensor.ndim else tensor
-                        for name, tensor in state[i].items()}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})     # settings come from the flags
-
-
-def cut_back(path, step):
-    """Takes the records of later steps, and half a line at the end, off a JSON-lines file whose records hold "step"."""
-    if not path.exists():
-        return
-    partial = Path(f"{path}.partial")
-    with open(path, encoding="utf-8", errors="replace") as old, open(partial, "w", encoding="utf-8") as new:
-        for line in old:
-            try:
-                if json.loads(line)["step"] > step:
-                    break
-            except (ValueError, TypeError, KeyError):
-                break
-            new.write(line)
-    os.replace(partial, path)
-
-
-def open_output_dir(args, step=0):
-    """Makes output_dir and writes args.json. A run that is there already is left alone, or removed with --overwrite, or with --resume cut
-    back to the step that it goes on from; step 0 is the start."""
+def open_output_dir(args, log_sizes):
+    """Makes output_dir and writes args.json. A run that is there already is left alone, or removed with --overwrite, or with --resume its logs
+    are cut back to `log_sizes`, the bytes that they had when the checkpoint was written; {}: it starts anew."""
     folder = Path(args.output_dir)
     names = ("args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "baseline_results_summary.json", "checkpoint*", "final_model*", "wandb")
     old = [path for name in names for path in folder.glob(name)]
-    resume = getattr(args, "resume", False)
-    if old and not args.overwrite and not resume:
+    if old and not args.overwrite and not vars(args).get("resume"):
         raise UserError(f"{folder} holds a run already; go on with it by --resume, choose another --output_dir, or replace it with --overwrite")
-    model = Path(args.model).resolve()
-    if args.overwrite and any(model == path.resolve() for path in old):
+    if args.overwrite and Path(args.model).resolve() in [path.resolve() for path in old]:
         raise UserError(f"--overwrite would remove --model {args.model}; choose another --output_dir")
     for path in old:
         if args.overwrite or path.name.endswith(".partial"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+        elif path.name.endswith(".jsonl"):
+            os.truncate(path, min(log_sizes.get(path.name, 0), path.stat().st_size))
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        cut_back(folder / name, step if step else -1)
     partial = folder / "args.json.partial"
     partial.write_text(json.dumps(vars(args), indent=2) + "\n")
     os.replace(partial, folder / "args.json")
@@ -1728,9 +1696,10 @@ class Run:
     stop: str | None
     optimizer: torch.optim.Optimizer | None = None
     val_problems: list | None = None
-    step: int = 0               # steps done, when a run is resumed
+    first_step: int = 0         # 0: the validation before any update
     last_step: int = 0
-    next_plot: float = dataclasses.field(default_factory=lambda: time.monotonic() + 60)     # when the curves are drawn again
+    log_sizes: dict = dataclasses.field(default_factory=dict)               # see open_output_dir
+    plotted: float = dataclasses.field(default_factory=time.monotonic)      # when the curves were last drawn
     signal: int = 0             # SIGINT or SIGTERM, once it has come
     skipped: int = 0            # updates in a row whose gradient was not finite
     halved: bool = False        # memory ran out before
@@ -1814,15 +1783,21 @@ def load_val_problems(run):
 
 
 def start_training(args):
-    """A Run with its optimizer, its validation problems and its output directory."""
+    """A Run with its optimizer and its validation problems, as the newest checkpoint left it where it is to be resumed."""
     # Rank 0's finding counts. A run that was stopped before its first checkpoint begins again.
-    step, checkpoint = from_all_ranks(newest_checkpoint(args.output_dir) if args.resume and rank() == 0 else (0, None))[0]
+    checkpoint = from_all_ranks(newest_checkpoint(args.output_dir) if args.resume and rank() == 0 else None)[0]
     run = load_run(args, checkpoint)
-    run.step, run.val_problems = step, load_val_problems(run)
+    run.val_problems = load_val_problems(run)
     reshard(run.model)
     run.optimizer = torch.optim.AdamW(run.model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     if checkpoint:
-        load_trainer_state(checkpoint, run.optimizer)
+        saved = torch.load(checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True, mmap=True)
+        run.first_step, run.log_sizes, state = saved["step"] + 1, saved["log_sizes"], saved["optimizer"]
+        for i, parameter in enumerate(run.optimizer.param_groups[0]["params"]):
+            if isinstance(parameter, DTensor) and i in state:       # each rank takes its shards; no state before the first update
+                state[i] = {name: distribute_tensor(tensor, parameter.device_mesh, parameter.placements) if tensor.ndim else tensor
+                            for name, tensor in state[i].items()}
+        run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": state})        # the settings are those of the flags
         print(f"resumed from {checkpoint}", flush=True)
     return run
 
@@ -2039,25 +2014,10 @@ EVAL_NAMES = {      # each algorithm's names for what `evaluate` measures
 }
 
 
-def finish_run(run):
-    """Saves the final model and says what came out."""
-    folder = run.args.output_dir
-    save_checkpoint(Path(folder, "final_model"), run.model, run.tokenizer)
-    if rank() == 0:
-        validated = [record for record in read_metrics(folder) if lookup(record, ACCURACY) is not None]
-        first, last = (lookup(validated[i], ACCURACY) for i in (0, -1))
-        print(f"done: accuracy {first:.3f} -> {last:.3f} on {validated[-1]['eval_problems']} unseen problems; "
-              f"{folder}/final_model, curves.png, metrics.jsonl, samples.jsonl")
-
-
-def finish_step(run, record, checkpoint):
-    """Validates the weights as they are after the update, logs the step's dict, and saves, each as often as asked for."""
+def finish_step(run, record):
+    """Validates the weights as they are after the update, where it is time to, and logs the step's dict."""
     args, step = run.args, record["step"]
-
-    def due(frequency):
-        return step == run.last_step or (frequency and step % frequency == 0)
-
-    if step == 0 or due(args.validation_frequency):
+    if step in (0, run.last_step) or (args.validation_frequency and step % args.validation_frequency == 0):
         started = time.perf_counter()
         metrics = evaluate_run(run, run.val_problems, 1, step)
         record |= {name: metrics[key] for name, key in EVAL_NAMES[args.algo].items()}
@@ -2065,25 +2025,13 @@ def finish_step(run, record, checkpoint):
                    "eval_lenient_accuracy": metrics["lenient_accuracy"], "eval_response_length": metrics["response_length"],
                    "eval_truncated_fraction": metrics["truncated_fraction"], "time_evaluation": time.perf_counter() - started}
     log_step(args, record, run.last_step)
-    if rank() == 0 and (step == run.last_step or (lookup(record, ACCURACY) is not None and time.monotonic() > run.next_plot)):
+    if rank() == 0 and (step == run.last_step or time.monotonic() > run.plotted + 60):      # drawing takes half a second: not at every step
         plot_runs({args.output_dir: [args.output_dir]}, Path(args.output_dir, "curves.png"))
-        run.next_plot = time.monotonic() + 60           # drawing takes half a second: not at every validation
-    stopping = max(from_all_ranks(run.signal))
-    if step and ((stopping and step < run.last_step) or (args.save_frequency and step % args.save_frequency == 0)):
-        save_checkpoint(Path(args.output_dir, checkpoint), run.model, run.tokenizer, run.optimizer, step)
-        if args.keep_checkpoints and rank() == 0:
-            for _, path in checkpoints(args.output_dir)[args.keep_checkpoints:]:
-                remove(path)
-    if step == run.last_step:
-        finish_run(run)
-    if stopping:
-        print(f"stopped after step {step}, as {signal.Signals(stopping).name} asked for; --resume goes on from there", flush=True)
-        leave_ranks(128 + stopping)
-        sys.exit(128 + stopping)
+        run.plotted = time.monotonic()
 
 
 def stop_on_signals(run):
-    """Ctrl-C and SIGTERM let the current step end and be saved (finish_step); a second one ends the program at once."""
+    """Ctrl-C and SIGTERM let the current step end and be saved; a second one ends the program at once."""
     def handler(number, frame):
         if run.signal:
             os._exit(128 + number)
@@ -2091,35 +2039,52 @@ def stop_on_signals(run):
         if rank() == 0:
             os.write(2, b"align.py: stopping after this step; a second signal stops at once\n")     # print is not safe in a handler
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
 
 
-def start_logging(run, last_step):
-    """Called when every input has been read and found good: opens the output directory, validates the weights before step 1 and returns
-    the numbers of the steps to do, which in a resumed run are those after its checkpoint."""
-    args, run.last_step = run.args, last_step
-    if args.resume and Path(args.output_dir, "final_model").exists():
-        done = read_metrics(args.output_dir)[-1]["step"]
+def training_steps(run, last_step, checkpoint):
+    """Yields the numbers of the steps to do, called when every input has been read and found good. Before them it opens the output directory and
+    validates the weights as they are, between them it saves (`checkpoint` and the step's number name the folder), after them come the final model
+    and a word on what came out."""
+    args, folder, run.last_step = run.args, Path(run.args.output_dir), last_step
+    if args.resume and (folder / "final_model").exists():
+        done = read_metrics(folder)[-1]["step"]
         if done >= last_step:
-            print(f"{args.output_dir}: this run is finished")
-            return range(0)
-        if run.step == 0:
-            raise UserError(f"{args.output_dir} is a finished run of {done} steps without a checkpoint that --resume could go on from")
+            print(f"{folder}: this run is finished")
+            return
+        if run.first_step == 0:
+            raise UserError(f"{folder} is a finished run of {done} steps without a checkpoint that --resume could go on from")
     if args.wandb_project and importlib.util.find_spec("wandb") is None:
         raise UserError("--wandb_project needs Weights & Biases: pip install wandb")
     if rank() == 0:
-        open_output_dir(args, run.step)
+        open_output_dir(args, run.log_sizes)
         if args.wandb_project:
             import wandb
             # "auto" goes on with a run that was cut off; a run before this one in the same process (--compare) is finished
             wandb.init(project=args.wandb_project, config=vars(args), dir=args.output_dir, resume="auto", reinit="finish_previous")
     stop_on_signals(run)
-    if run.step == 0:
-        finish_step(run, {"step": 0}, checkpoint=None)
-    elif run.step >= last_step:
-        finish_run(run)
-    return range(run.step + 1, last_step + 1)
+    for step in range(run.first_step, last_step + 1):
+        if step == 0:
+            finish_step(run, {"step": 0})
+        else:
+            yield step          # the loop's work, which ends in finish_step
+        stopping = max(from_all_ranks(run.signal))
+        if step and (stopping or (args.save_frequency and step % args.save_frequency == 0)):
+            save_checkpoint(folder / f"{checkpoint}{step}", run.model, run.tokenizer, run.optimizer, step)
+            if args.keep_checkpoints and rank() == 0:
+                for path in checkpoints(folder)[args.keep_checkpoints:]:
+                    remove(path)
+        if stopping:
+            print(f"stopped after step {step}, as {signal.Signals(stopping).name} asked for; --resume goes on from there", flush=True)
+            leave_ranks(128 + stopping)
+            sys.exit(128 + stopping)
+    save_checkpoint(folder / "final_model", run.model, run.tokenizer)
+    if rank() == 0:
+        validated = [record for record in read_metrics(folder) if lookup(record, ACCURACY) is not None]
+        first, last = (lookup(validated[i], ACCURACY) for i in (0, -1))
+        print(f"done: accuracy {first:.3f} -> {last:.3f} on {validated[-1]['eval_problems']} unseen problems; "
+              f"{folder}/final_model, curves.png, metrics.jsonl, samples.jsonl")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2156,7 +2121,7 @@ def train_sft(args):
         raise UserError(f"{args.sft_data}: every trace is longer than --max_length {args.max_length} tokens")
     per_epoch = math.ceil(len(examples) / args.train_batch_size)
 
-    for step in start_logging(run, args.sft_epochs * per_epoch):
+    for step in training_steps(run, args.sft_epochs * per_epoch, "checkpoint-"):
         started = time.perf_counter()
         epoch, i = divmod(step - 1, per_epoch)      # a new order in each epoch, which a resumed run finds again by its seed
         shuffled = random.Random(seed_for(args.seed, epoch, "order of traces")).sample(examples, len(examples))
@@ -2164,8 +2129,7 @@ def train_sft(args):
         metrics = update_metrics([sft_update(run, shuffled[i * args.train_batch_size:(i + 1) * args.train_batch_size], learning_rate)])
         seconds = time.perf_counter() - started
         metrics["train/loss"] = metrics.pop("loss")
-        finish_step(run, {"step": step, "time": seconds, "time_training": seconds, "train/learning_rate": learning_rate, **metrics},
-                    checkpoint=f"checkpoint-{step}")
+        finish_step(run, {"step": step, "time": seconds, "time_training": seconds, "train/learning_rate": learning_rate, **metrics})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2178,7 +2142,7 @@ def train_expert_iteration(args):
     run = start_training(args)
     problems = load_sampling_problems(run, args.train_data, at_least=args.ei_batch_size)
 
-    for step in start_logging(run, args.n_ei_steps):
+    for step in training_steps(run, args.n_ei_steps, "checkpoint_ei_step_"):
         # 1. Sample a few responses to each of some problems, from the policy as it is now.
         started = time.perf_counter()
         rollouts, repeated = sample_for_training(run, problems, args.ei_batch_size, args.num_rollouts, step)
@@ -2203,14 +2167,13 @@ def train_expert_iteration(args):
             print(f"step {step}: none of {len(rollouts)} samples is right, so there is nothing to learn from")
         trained = time.perf_counter()
 
-        # 4. Validate, log and save.
+        # 4. Validate and log.
         metrics["ei/sft_loss"] = metrics.pop("loss")
         finish_step(run, {"step": step, "time": trained - started, "time_sampling": sampled - started, "time_grading": graded - sampled,
                           "time_training": trained - graded, "ei/avg_reward": sum(r["reward"] for r in rewards) / len(rewards),
                           "train_reward_format": sum(r["format_reward"] for r in rewards) / len(rewards),
                           "ei/filtered_samples": len(correct), "grading_timeouts": failed, "learning_rate": learning_rate,
-                          **sampling_metrics(rollouts, sampled - started), **gap, **metrics},
-                    checkpoint=f"checkpoint_ei_step_{step}")
+                          **sampling_metrics(rollouts, sampled - started), **gap, **metrics})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2254,7 +2217,7 @@ def train_grpo(args):
     problems = load_sampling_problems(run, args.train_data, at_least=prompts_per_step)
     off_policy = args.epochs_per_rollout_batch * (args.rollout_batch_size // args.train_batch_size) > 1
 
-    for step in start_logging(run, args.n_grpo_steps):
+    for step in training_steps(run, args.n_grpo_steps, "checkpoint_step_"):
         # 1. Sample a group of G responses to each of some problems, from the policy as it is now: after this it is π_old.
         started = time.perf_counter()
         rollouts, repeated = sample_for_training(run, problems, prompts_per_step, args.group_size, step)
@@ -2294,14 +2257,13 @@ def train_grpo(args):
                 updates.append(grpo_update(run, take(batch, rows), prompts, learning_rate))
         finished = time.perf_counter()
 
-        # 5. Validate, log and save.
+        # 5. Validate and log.
         finish_step(run, {"step": step, "time": finished - started, "time_sampling": sampled - started, "time_grading": time_grading,
                           "time_training": finished - sampled - time_grading, "train_reward_total": reward_metadata["reward_mean"],
                           "train_reward_format": reward_metadata["format_reward_mean"], "train_reward_answer": reward_metadata["answer_reward_mean"],
                           "advantage_std": advantages.std(correction=0).item(), "equal_reward_groups": reward_metadata["equal_reward_groups"],
                           "grading_timeouts": reward_metadata["grading_timeouts"],
-                          "learning_rate": learning_rate, **sampling_metrics(rollouts, sampled - started), **update_metrics(updates)},
-                    checkpoint=f"checkpoint_step_{step}")
+                          "learning_rate": learning_rate, **sampling_metrics(rollouts, sampled - started), **update_metrics(updates)})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2321,7 +2283,7 @@ def run_eval(args):
         return
     problems = load_val_problems(run)
     if rank() == 0:
-        open_output_dir(args)
+        open_output_dir(args, run.log_sizes)
     summary = {"model": args.model, "prompt": args.prompt, "temperature": args.eval_temperature, "seed": args.seed}
     summary |= evaluate_run(run, problems, args.eval_samples, 0)
     if rank() > 0:
