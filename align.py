@@ -1458,8 +1458,7 @@ def evaluate(sampler, problems, reward_fn, n, seed, **sampling):
     Returns (metrics, rollouts, rewards). The standard error is over problems: responses to one problem are not independent.
     """
     rollouts = sample(sampler, [p["prompt_ids"] for p in problems], n, seed, **sampling)
-    truths = [p["answer"] for p in problems for _ in range(n)]
-    texts = [r.text for r in rollouts]
+    texts, truths = [r.text for r in rollouts], [p["answer"] for p in problems for _ in range(n)]
     rewards, failed = grade_responses(reward_fn, texts, truths)
     wrong = [i for i, r in enumerate(rewards) if r["answer_reward"] == 0]
     lenient, _ = grade_responses(lenient_reward_fn, [texts[i] for i in wrong], [truths[i] for i in wrong])
@@ -1472,8 +1471,7 @@ def evaluate(sampler, problems, reward_fn, n, seed, **sampling):
         "reward": sum(r["reward"] for r in rewards) / len(rewards),
         "format_reward": sum(r["format_reward"] for r in rewards) / len(rewards),
         "lenient_accuracy": 1 - sum(r["reward"] == 0 for r in lenient) / len(rewards),
-        "grading_timeouts": failed,
-        "problems": len(problems), "responses": len(rollouts),
+        "grading_timeouts": failed, "problems": len(problems), "responses": len(rollouts),
         "response_length": sum(len(r.response_ids) for r in rollouts) / len(rollouts),
         "truncated_fraction": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
         "pass_at_k": {str(k): sum(pass_at_k(n, int(c), k) for c in right.sum(dim=1)) / len(problems) for k in powers},
@@ -1601,19 +1599,9 @@ def remove(path):
     shutil.rmtree(path.rename(f"{path}.removed.partial"))
 
 
-def flush(*paths):
-    """Returns when the disk has these files, and of a folder the list of its files."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
 def save_checkpoint(path, model, tokenizer, optimizer=None, step=None):
-    """A Hugging Face folder, which from_pretrained and `vllm serve` open, plus the trainer's state and SHA256SUMS (`sha256sum -c` checks it).
-
-    Written aside, flushed to the disk, then renamed. Raises UserError where it cannot be written; what was saved before is not touched.
-    """
+    """Writes a Hugging Face folder, which from_pretrained and `vllm serve` open, with the trainer's state and SHA256SUMS (for `sha256sum -c`):
+    aside, flushed to the disk, then renamed. Raises UserError where it cannot be written; what was saved before is not touched."""
     def gather(tensors):
         """Sharded tensors put together one after the other, which every rank takes part in, and kept on rank 0."""
         return {name: tensor.cpu() for name, tensor in ((name, whole(tensor.detach())) for name, tensor in tensors) if rank() == 0}
@@ -1631,11 +1619,13 @@ def save_checkpoint(path, model, tokenizer, optimizer=None, step=None):
             log_sizes = {log.name: log.stat().st_size for log in logs}
             torch.save({"optimizer": state, "step": step, "log_sizes": log_sizes}, partial / "trainer_state.pt")
         (partial / "SHA256SUMS").write_text("".join(f"{sha256(file)}  {file.name}\n" for file in sorted(partial.iterdir())))
-        flush(*partial.iterdir(), partial, *logs)
-        if path.exists():       # damaged, or the final model of fewer steps
+        for file in (*partial.iterdir(), partial, *logs):
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        if path.exists():       # and is damaged
             remove(path)
         os.replace(partial, path)
-        flush(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:       # safetensors and torch.save do not raise OSError on a full disk
         free = shutil.disk_usage(path.parent).free / 1e6
         shutil.rmtree(partial, ignore_errors=True)
@@ -1707,19 +1697,18 @@ class Run:
 
 def find_data(args):
     """Makes data/arithmetic/ where it is used and not complete. Raises UserError for any other data file that is not there."""
-    data_files = [vars(args)[flag] for flag in ("train_data", "val_data", "sft_data") if flag in vars(args) and not vars(args).get("question")]
-    if rank() == 0 and any(path.startswith("data/arithmetic/") and not Path(path).exists() for path in (args.model, *data_files)):
+    paths = [Path(vars(args)[flag]) for flag in ("train_data", "val_data", "sft_data") if flag in vars(args) and not vars(args).get("question")]
+    if rank() == 0 and any(str(path).startswith("data/arithmetic/") and not path.exists() for path in (Path(args.model), *paths)):
         print("data/arithmetic/ is not complete yet: making it with prepare_data.py", flush=True)
         sys.modules.setdefault("align", sys.modules[__name__])          # this file, so that prepare_data's UserError is this one's
         from prepare_data import prepare_arithmetic
         prepare_arithmetic("data/arithmetic")
     from_all_ranks(None)        # waits for rank 0
-    for path in data_files:
-        if not Path(path).is_file():
-            known = {"data/MATH": "math", "data/GSM8K": "gsm8k"}.get(str(Path(path).parent))
-            traces = " --traces SOURCE (--help lists the sources)" if Path(path).name.startswith("sft") else ""
-            raise UserError(f"{path} is not there; " + (f"make it with: python prepare_data.py --dataset {known}{traces}" if known else
-                                                        "it holds JSON lines, as README.md describes"))
+    for path in paths:
+        if not path.is_file():
+            traces = " --traces SOURCE (--help lists the sources)" if path.name.startswith("sft") else ""
+            how = f"; make it with: python prepare_data.py --dataset {path.parent.name.lower()}{traces}"
+            raise UserError(f"{path} is not there{how if str(path.parent) in ('data/MATH', 'data/GSM8K') else ''}")
 
 
 def load_run(args, weights=None):
@@ -2011,6 +2000,8 @@ EVAL_NAMES = {      # each algorithm's names for what `evaluate` measures
     "sft": {"eval/accuracy": "accuracy", "eval/format_reward": "format_reward"},
     "ei": {"ei/eval_accuracy": "accuracy", "ei/eval_format_reward": "format_reward"},
     "grpo": {"val_reward_total": "reward", "val_reward_format": "format_reward", "val_reward_answer": "accuracy"},
+    "all": {"eval_stderr": "accuracy_stderr", "eval_problems": "problems", "eval_lenient_accuracy": "lenient_accuracy",
+            "eval_response_length": "response_length", "eval_truncated_fraction": "truncated_fraction"},
 }
 
 
@@ -2020,10 +2011,8 @@ def finish_step(run, record):
     if step in (0, run.last_step) or (args.validation_frequency and step % args.validation_frequency == 0):
         started = time.perf_counter()
         metrics = evaluate_run(run, run.val_problems, 1, step)
-        record |= {name: metrics[key] for name, key in EVAL_NAMES[args.algo].items()}
-        record |= {"eval_stderr": metrics["accuracy_stderr"], "eval_problems": metrics["problems"],
-                   "eval_lenient_accuracy": metrics["lenient_accuracy"], "eval_response_length": metrics["response_length"],
-                   "eval_truncated_fraction": metrics["truncated_fraction"], "time_evaluation": time.perf_counter() - started}
+        record |= {name: metrics[key] for name, key in (EVAL_NAMES[args.algo] | EVAL_NAMES["all"]).items()}
+        record["time_evaluation"] = time.perf_counter() - started
     log_step(args, record, run.last_step)
     if rank() == 0 and (step == run.last_step or time.monotonic() > run.plotted + 60):      # drawing takes half a second: not at every step
         plot_runs({args.output_dir: [args.output_dir]}, Path(args.output_dir, "curves.png"))
@@ -2044,9 +2033,8 @@ def stop_on_signals(run):
 
 
 def training_steps(run, last_step, checkpoint):
-    """Yields the numbers of the steps to do, called when every input has been read and found good. Before them it opens the output directory and
-    validates the weights as they are, between them it saves (`checkpoint` and the step's number name the folder), after them come the final model
-    and a word on what came out."""
+    """Yields the numbers of the steps to do. Begun when every input has been read and found good, it opens the output directory and validates the
+    weights as they come; after each step it saves, where that is due, in `checkpoint`<step>; after the last it saves the final model."""
     args, folder, run.last_step = run.args, Path(run.args.output_dir), last_step
     if args.resume and (folder / "final_model").exists():
         done = read_metrics(folder)[-1]["step"]
@@ -2065,6 +2053,8 @@ def training_steps(run, last_step, checkpoint):
             wandb.init(project=args.wandb_project, config=vars(args), dir=args.output_dir, resume="auto", reinit="finish_previous")
     stop_on_signals(run)
     for step in range(run.first_step, last_step + 1):
+        if step == last_step and rank() == 0 and (folder / "final_model").exists():
+            remove(folder / "final_model")          # of fewer steps: a run killed at its end would look finished with it
         if step == 0:
             finish_step(run, {"step": 0})
         else:
@@ -2081,9 +2071,8 @@ def training_steps(run, last_step, checkpoint):
             sys.exit(128 + stopping)
     save_checkpoint(folder / "final_model", run.model, run.tokenizer)
     if rank() == 0:
-        validated = [record for record in read_metrics(folder) if lookup(record, ACCURACY) is not None]
-        first, last = (lookup(validated[i], ACCURACY) for i in (0, -1))
-        print(f"done: accuracy {first:.3f} -> {last:.3f} on {validated[-1]['eval_problems']} unseen problems; "
+        accuracies = [lookup(record, ACCURACY) for record in read_metrics(folder) if lookup(record, ACCURACY) is not None]
+        print(f"done: accuracy {accuracies[0]:.3f} -> {accuracies[-1]:.3f} on {len(run.val_problems)} unseen problems; "
               f"{folder}/final_model, curves.png, metrics.jsonl, samples.jsonl")
 
 

@@ -1263,7 +1263,14 @@ def test_run_passes_over_a_damaged_checkpoint_and_saves_it_again(embedded, tmp_p
     assert "checkpoint_step_3 is incomplete or damaged: passed over" in said and re.search("resumed from .*checkpoint_step_2\n", said)
     assert weights.read_bytes() == content and without_times(metrics_of(tmp_path / "damaged")) == without_times(metrics_of(tmp_path / "whole"))
     assert (tmp_path / "damaged/final_model/model.safetensors").read_bytes() == (tmp_path / "whole/final_model/model.safetensors").read_bytes()
-    align.main(["--algo", "grpo", "--resume", "--n_grpo_steps", "4", "--lr_schedule", "constant", "--output_dir", str(tmp_path / "damaged")])     # and on
+    longer = ["--algo", "grpo", "--resume", "--n_grpo_steps", "4", "--lr_schedule", "constant", "--output_dir", str(tmp_path / "damaged")]
+    real = align.save_checkpoint
+    with monkeypatch.context() as patch, pytest.raises(KeyError):           # on, and dead before the final model is written
+        patch.setattr(align, "save_checkpoint", lambda path, *rest: {}["dead"] if path.name == "final_model" else real(path, *rest))
+        align.main(longer)
+    align.main(longer)
+    assert "this run is finished" not in capsys.readouterr().out
+    assert (tmp_path / "damaged/final_model/model.safetensors").read_bytes() == (tmp_path / "damaged/checkpoint_step_4/model.safetensors").read_bytes()
     assert [r["step"] for r in metrics_of(tmp_path / "damaged")] == [0, 1, 2, 3, 4]
     for name in ("final_model", "checkpoint_step_3", "checkpoint_step_4"):          # stopped after step 2, which was not validated, and done with it
         shutil.rmtree(tmp_path / "damaged" / name, ignore_errors=True)
