@@ -1447,8 +1447,7 @@ def evaluate(sampler, problems, reward_fn, n, seed, **sampling):
     Returns (metrics, rollouts, rewards). The standard error is over problems: responses to one problem are not independent.
     """
     rollouts = sample(sampler, [p["prompt_ids"] for p in problems], n, seed, **sampling)
-    truths = [p["answer"] for p in problems for _ in range(n)]
-    texts = [r.text for r in rollouts]
+    texts, truths = [r.text for r in rollouts], [p["answer"] for p in problems for _ in range(n)]
     rewards, failed = grade_responses(reward_fn, texts, truths)
     wrong = [i for i, r in enumerate(rewards) if r["answer_reward"] == 0]
     lenient, _ = grade_responses(lenient_reward_fn, [texts[i] for i in wrong], [truths[i] for i in wrong])
@@ -1461,8 +1460,7 @@ def evaluate(sampler, problems, reward_fn, n, seed, **sampling):
         "reward": sum(r["reward"] for r in rewards) / len(rewards),
         "format_reward": sum(r["format_reward"] for r in rewards) / len(rewards),
         "lenient_accuracy": 1 - sum(r["reward"] == 0 for r in lenient) / len(rewards),
-        "grading_timeouts": failed,
-        "problems": len(problems), "responses": len(rollouts),
+        "grading_timeouts": failed, "problems": len(problems), "responses": len(rollouts),
         "response_length": sum(len(r.response_ids) for r in rollouts) / len(rollouts),
         "truncated_fraction": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
         "pass_at_k": {str(k): sum(pass_at_k(n, int(c), k) for c in right.sum(dim=1)) / len(problems) for k in powers},
@@ -1587,23 +1585,12 @@ def sha256(path):
 
 def remove(path):
     """Removes a folder, under a name first that nobody takes for a complete one."""
-    if path.exists():
-        os.replace(path, removed := Path(f"{path}.removed.partial"))
-        shutil.rmtree(removed)
-
-
-def flush(path):
-    """Returns when the disk has a file, or the list of a folder's files."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    shutil.rmtree(path.rename(f"{path}.removed.partial"))
 
 
 def save_checkpoint(path, model, tokenizer, optimizer=None, step=None):
-    """A Hugging Face folder, which from_pretrained and `vllm serve` open, plus the trainer's state and SHA256SUMS (`sha256sum -c` checks it).
-
-    Written aside, flushed to the disk, then renamed. Raises UserError where it cannot be written; what was saved before is not touched.
-    """
+    """Writes a Hugging Face folder, which from_pretrained and `vllm serve` open, with the trainer's state and SHA256SUMS (for `sha256sum -c`):
+    aside, flushed to the disk, then renamed. Raises UserError where it cannot be written; what was saved before is not touched."""
     def gather(tensors):
         """Sharded tensors put together one after the other, which every rank takes part in, and kept on rank 0."""
         return {name: tensor.cpu() for name, tensor in ((name, whole(tensor.detach())) for name, tensor in tensors) if rank() == 0}
@@ -1613,89 +1600,60 @@ def save_checkpoint(path, model, tokenizer, optimizer=None, step=None):
     state = {i: gather(tensors.items()) for i, tensors in optimizer.state_dict()["state"].items()} if optimizer else None
     if rank() > 0:
         return
-    partial = Path(f"{path}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, logs = Path(f"{path}.partial"), list(path.parent.glob("*.jsonl"))
     try:
         model.save_pretrained(partial, state_dict=weights)
         tokenizer.save_pretrained(partial)
-        if optimizer:
-            torch.save({"optimizer": {"state": state}, "step": step}, partial / "trainer_state.pt")
-        sums = "".join(f"{sha256(file)}  {file.name}\n" for file in sorted(partial.iterdir()))
-        (partial / "SHA256SUMS").write_text(sums)
-        for file in (*partial.iterdir(), partial):
-            flush(file)
-        remove(Path(path))              # there only if it is damaged, or the final model of fewer steps
+        if optimizer:           # and how long the logs are, so that a resumed run can cut them back to this step
+            log_sizes = {log.name: log.stat().st_size for log in logs}
+            torch.save({"optimizer": state, "step": step, "log_sizes": log_sizes}, partial / "trainer_state.pt")
+        (partial / "SHA256SUMS").write_text("".join(f"{sha256(file)}  {file.name}\n" for file in sorted(partial.iterdir())))
+        for file in (*partial.iterdir(), partial, *logs):
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        if path.exists():       # and is damaged
+            remove(path)
         os.replace(partial, path)
-        flush(partial.parent)
     except (OSError, RuntimeError, SafetensorError) as error:       # safetensors and torch.save do not raise OSError on a full disk
-        free = shutil.disk_usage(partial.parent).free / 1e6
+        free = shutil.disk_usage(path.parent).free / 1e6
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{path} cannot be written ({free:.0f} MB free on its disk): {reason(error)}; what was saved before is intact") from error
 
 
 def checkpoints(folder):
-    """The folder's checkpoints as (step, path), newest first."""
-    found = [(re.search(r"[-_](\d+)$", path.name), path) for path in Path(folder).glob("checkpoint*")]
-    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+    """The folder's checkpoints, newest first."""
+    return sorted(Path(folder).glob("checkpoint*[0-9]"), key=lambda path: int(re.search(r"\d+$", path.name)[0]), reverse=True)
 
 
 def newest_checkpoint(folder):
-    """The newest checkpoint whose files are as they were written, as (step, path), or (0, None). A damaged one is named and passed over."""
-    for step, path in checkpoints(folder):
+    """The newest checkpoint whose files are as they were written, or None. A damaged one is named and passed over."""
+    for path in checkpoints(folder):
         try:
             sums = dict(line.split("  ", 1)[::-1] for line in (path / "SHA256SUMS").read_text().splitlines())
             if "trainer_state.pt" in sums and all(sha256(path / name) == checksum for name, checksum in sums.items()):
-                return step, path
+                return path
         except (OSError, ValueError):       # a file that is missing; a line that is not "checksum  name"
             pass
         print(f"{path} is incomplete or damaged: passed over", flush=True)
-    return 0, None
 
 
-def load_trainer_state(path, optimizer):
-    """Gives the optimizer what a checkpoint holds of its state, to each rank its shards of it."""
-    state = torch.load(path / "trainer_state.pt", map_location="cpu", weights_only=True, mmap=True)["optimizer"]["state"]
-    for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
-        if isinstance(parameter, DTensor) and i in state:      # no state before the first update
-            state[i] = {name: distribute_tensor(tensor, parameter.device_mesh, parameter.placements) if tensor.ndim else tensor
-                        for name, tensor in state[i].items()}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})     # settings come from the flags
-
-
-def cut_back(path, step):
-    """Takes the records of later steps, and half a line at the end, off a JSON-lines file whose records hold "step"."""
-    if not path.exists():
-        return
-    partial = Path(f"{path}.partial")
-    with open(path, encoding="utf-8", errors="replace") as old, open(partial, "w", encoding="utf-8") as new:
-        for line in old:
-            try:
-                if json.loads(line)["step"] > step:
-                    break
-            except (ValueError, TypeError, KeyError):
-                break
-            new.write(line)
-    os.replace(partial, path)
-
-
-def open_output_dir(args, step=0):
-    """Makes output_dir and writes args.json. A run that is there already is left alone, or removed with --overwrite, or with --resume cut
-    back to the step that it goes on from; step 0 is the start."""
+def open_output_dir(args, log_sizes):
+    """Makes output_dir and writes args.json. A run that is there already is left alone, or removed with --overwrite, or with --resume its logs
+    are cut back to `log_sizes`, the bytes that they had when the checkpoint was written; {}: it starts anew."""
     folder = Path(args.output_dir)
     names = ("args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "baseline_results_summary.json", "checkpoint*", "final_model*", "wandb")
     old = [path for name in names for path in folder.glob(name)]
-    resume = getattr(args, "resume", False)
-    if old and not args.overwrite and not resume:
+    if old and not args.overwrite and not vars(args).get("resume"):
         raise UserError(f"{folder} holds a run already; go on with it by --resume, choose another --output_dir, or replace it with --overwrite")
-    model = Path(args.model).resolve()
-    if args.overwrite and any(model == path.resolve() for path in old):
+    if args.overwrite and Path(args.model).resolve() in [path.resolve() for path in old]:
         raise UserError(f"--overwrite would remove --model {args.model}; choose another --output_dir")
     for path in old:
         if args.overwrite or path.name.endswith(".partial"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+        elif path.name.endswith(".jsonl"):
+            os.truncate(path, min(log_sizes.get(path.name, 0), path.stat().st_size))
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        cut_back(folder / name, step if step else -1)
     partial = folder / "args.json.partial"
     partial.write_text(json.dumps(vars(args), indent=2) + "\n")
     os.replace(partial, folder / "args.json")
@@ -1717,9 +1675,10 @@ class Run:
     sampling: dict              # what `generate` needs to know besides prompts, seeds and temperature
     optimizer: torch.optim.Optimizer | None = None
     val_problems: list | None = None
-    step: int = 0               # steps done, when a run is resumed
+    first_step: int = 0         # 0: the validation before any update
     last_step: int = 0
-    next_plot: float = dataclasses.field(default_factory=lambda: time.monotonic() + 60)     # when the curves are drawn again
+    log_sizes: dict = dataclasses.field(default_factory=dict)               # see open_output_dir
+    plotted: float = dataclasses.field(default_factory=time.monotonic)      # when the curves were last drawn
     signal: int = 0             # SIGINT or SIGTERM, once it has come
     skipped: int = 0            # updates in a row whose gradient was not finite
     halved: bool = False        # memory ran out before
@@ -1727,19 +1686,18 @@ class Run:
 
 def find_data(args):
     """Makes data/arithmetic/ where it is used and not complete. Raises UserError for any other data file that is not there."""
-    data_files = [vars(args)[flag] for flag in ("train_data", "val_data", "sft_data") if flag in vars(args) and not vars(args).get("question")]
-    if rank() == 0 and any(path.startswith("data/arithmetic/") and not Path(path).exists() for path in (args.model, *data_files)):
+    paths = [Path(vars(args)[flag]) for flag in ("train_data", "val_data", "sft_data") if flag in vars(args) and not vars(args).get("question")]
+    if rank() == 0 and any(str(path).startswith("data/arithmetic/") and not path.exists() for path in (Path(args.model), *paths)):
         print("data/arithmetic/ is not complete yet: making it with prepare_data.py", flush=True)
         sys.modules.setdefault("align", sys.modules[__name__])          # this file, so that prepare_data's UserError is this one's
         from prepare_data import prepare_arithmetic
         prepare_arithmetic("data/arithmetic")
     from_all_ranks(None)        # waits for rank 0
-    for path in data_files:
-        if not Path(path).is_file():
-            known = {"data/MATH": "math", "data/GSM8K": "gsm8k"}.get(str(Path(path).parent))
-            traces = " --traces SOURCE (--help lists the sources)" if Path(path).name.startswith("sft") else ""
-            raise UserError(f"{path} is not there; " + (f"make it with: python prepare_data.py --dataset {known}{traces}" if known else
-                                                        "it holds JSON lines, as README.md describes"))
+    for path in paths:
+        if not path.is_file():
+            traces = " --traces SOURCE (--help lists the sources)" if path.name.startswith("sft") else ""
+            how = f"; make it with: python prepare_data.py --dataset {path.parent.name.lower()}{traces}"
+            raise UserError(f"{path} is not there{how if str(path.parent) in ('data/MATH', 'data/GSM8K') else ''}")
 
 
 def load_run(args, weights=None):
@@ -1805,15 +1763,21 @@ def load_val_problems(run):
 
 
 def start_training(args):
-    """A Run with its optimizer, its validation problems and its output directory."""
+    """A Run with its optimizer and its validation problems, as the newest checkpoint left it where it is to be resumed."""
     # Rank 0's finding counts. A run that was stopped before its first checkpoint begins again.
-    step, checkpoint = from_all_ranks(newest_checkpoint(args.output_dir) if args.resume and rank() == 0 else (0, None))[0]
+    checkpoint = from_all_ranks(newest_checkpoint(args.output_dir) if args.resume and rank() == 0 else None)[0]
     run = load_run(args, checkpoint)
-    run.step, run.val_problems = step, load_val_problems(run)
+    run.val_problems = load_val_problems(run)
     reshard(run.model)
     run.optimizer = torch.optim.AdamW(run.model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     if checkpoint:
-        load_trainer_state(checkpoint, run.optimizer)
+        saved = torch.load(checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True, mmap=True)
+        run.first_step, run.log_sizes, state = saved["step"] + 1, saved["log_sizes"], saved["optimizer"]
+        for i, parameter in enumerate(run.optimizer.param_groups[0]["params"]):
+            if isinstance(parameter, DTensor) and i in state:       # each rank takes its shards; no state before the first update
+                state[i] = {name: distribute_tensor(tensor, parameter.device_mesh, parameter.placements) if tensor.ndim else tensor
+                            for name, tensor in state[i].items()}
+        run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": state})        # the settings are those of the flags
         print(f"resumed from {checkpoint}", flush=True)
     return run
 
@@ -2010,54 +1974,27 @@ EVAL_NAMES = {      # each algorithm's names for what `evaluate` measures
     "sft": {"eval/accuracy": "accuracy", "eval/format_reward": "format_reward"},
     "ei": {"ei/eval_accuracy": "accuracy", "ei/eval_format_reward": "format_reward"},
     "grpo": {"val_reward_total": "reward", "val_reward_format": "format_reward", "val_reward_answer": "accuracy"},
+    "all": {"eval_stderr": "accuracy_stderr", "eval_problems": "problems", "eval_lenient_accuracy": "lenient_accuracy",
+            "eval_response_length": "response_length", "eval_truncated_fraction": "truncated_fraction"},
 }
 
 
-def finish_run(run):
-    """Saves the final model and says what came out."""
-    folder = run.args.output_dir
-    save_checkpoint(Path(folder, "final_model"), run.model, run.tokenizer)
-    if rank() == 0:
-        validated = [record for record in read_metrics(folder) if lookup(record, ACCURACY) is not None]
-        first, last = (lookup(validated[i], ACCURACY) for i in (0, -1))
-        print(f"done: accuracy {first:.3f} -> {last:.3f} on {validated[-1]['eval_problems']} unseen problems; "
-              f"{folder}/final_model, curves.png, metrics.jsonl, samples.jsonl")
-
-
-def finish_step(run, record, checkpoint):
-    """Validates the weights as they are after the update, logs the step's dict, and saves, each as often as asked for."""
+def finish_step(run, record):
+    """Validates the weights as they are after the update, where it is time to, and logs the step's dict."""
     args, step = run.args, record["step"]
-
-    def due(frequency):
-        return step == run.last_step or (frequency and step % frequency == 0)
-
-    if step == 0 or due(args.validation_frequency):
+    if step in (0, run.last_step) or (args.validation_frequency and step % args.validation_frequency == 0):
         started = time.perf_counter()
         metrics = evaluate_run(run, run.val_problems, 1, step)
-        record |= {name: metrics[key] for name, key in EVAL_NAMES[args.algo].items()}
-        record |= {"eval_stderr": metrics["accuracy_stderr"], "eval_problems": metrics["problems"],
-                   "eval_lenient_accuracy": metrics["lenient_accuracy"], "eval_response_length": metrics["response_length"],
-                   "eval_truncated_fraction": metrics["truncated_fraction"], "time_evaluation": time.perf_counter() - started}
+        record |= {name: metrics[key] for name, key in (EVAL_NAMES[args.algo] | EVAL_NAMES["all"]).items()}
+        record["time_evaluation"] = time.perf_counter() - started
     log_step(args, record, run.last_step)
-    if rank() == 0 and (step == run.last_step or (lookup(record, ACCURACY) is not None and time.monotonic() > run.next_plot)):
+    if rank() == 0 and (step == run.last_step or time.monotonic() > run.plotted + 60):      # drawing takes half a second: not at every step
         plot_runs({args.output_dir: [args.output_dir]}, Path(args.output_dir, "curves.png"))
-        run.next_plot = time.monotonic() + 60           # drawing takes half a second: not at every validation
-    stopping = max(from_all_ranks(run.signal))
-    if step and ((stopping and step < run.last_step) or (args.save_frequency and step % args.save_frequency == 0)):
-        save_checkpoint(Path(args.output_dir, checkpoint), run.model, run.tokenizer, run.optimizer, step)
-        if args.keep_checkpoints and rank() == 0:
-            for _, path in checkpoints(args.output_dir)[args.keep_checkpoints:]:
-                remove(path)
-    if step == run.last_step:
-        finish_run(run)
-    if stopping:
-        print(f"stopped after step {step}, as {signal.Signals(stopping).name} asked for; --resume goes on from there", flush=True)
-        leave_ranks(128 + stopping)
-        sys.exit(128 + stopping)
+        run.plotted = time.monotonic()
 
 
 def stop_on_signals(run):
-    """Ctrl-C and SIGTERM let the current step end and be saved (finish_step); a second one ends the program at once."""
+    """Ctrl-C and SIGTERM let the current step end and be saved; a second one ends the program at once."""
     def handler(number, frame):
         if run.signal:
             os._exit(128 + number)
@@ -2065,35 +2002,52 @@ def stop_on_signals(run):
         if rank() == 0:
             os.write(2, b"align.py: stopping after this step; a second signal stops at once\n")     # print is not safe in a handler
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
 
 
-def start_logging(run, last_step):
-    """Called when every input has been read and found good: opens the output directory, validates the weights before step 1 and returns
-    the numbers of the steps to do, which in a resumed run are those after its checkpoint."""
-    args, run.last_step = run.args, last_step
-    if args.resume and Path(args.output_dir, "final_model").exists():
-        done = read_metrics(args.output_dir)[-1]["step"]
+def training_steps(run, last_step, checkpoint):
+    """Yields the numbers of the steps to do. Begun when every input has been read and found good, it opens the output directory and validates the
+    weights as they come; after each step it saves, where that is due, in `checkpoint`<step>; after the last it saves the final model."""
+    args, folder, run.last_step = run.args, Path(run.args.output_dir), last_step
+    if args.resume and (folder / "final_model").exists():
+        done = read_metrics(folder)[-1]["step"]
         if done >= last_step:
-            print(f"{args.output_dir}: this run is finished")
-            return range(0)
-        if run.step == 0:
-            raise UserError(f"{args.output_dir} is a finished run of {done} steps without a checkpoint that --resume could go on from")
+            print(f"{folder}: this run is finished")
+            return
+        if run.first_step == 0:
+            raise UserError(f"{folder} is a finished run of {done} steps without a checkpoint that --resume could go on from")
     if args.wandb_project and importlib.util.find_spec("wandb") is None:
         raise UserError("--wandb_project needs Weights & Biases: pip install wandb")
     if rank() == 0:
-        open_output_dir(args, run.step)
+        open_output_dir(args, run.log_sizes)
         if args.wandb_project:
             import wandb
             # "auto" goes on with a run that was cut off; a run before this one in the same process (--compare) is finished
             wandb.init(project=args.wandb_project, config=vars(args), dir=args.output_dir, resume="auto", reinit="finish_previous")
     stop_on_signals(run)
-    if run.step == 0:
-        finish_step(run, {"step": 0}, checkpoint=None)
-    elif run.step >= last_step:
-        finish_run(run)
-    return range(run.step + 1, last_step + 1)
+    for step in range(run.first_step, last_step + 1):
+        if step == last_step and rank() == 0 and (folder / "final_model").exists():
+            remove(folder / "final_model")          # of fewer steps: a run killed at its end would look finished with it
+        if step == 0:
+            finish_step(run, {"step": 0})
+        else:
+            yield step          # the loop's work, which ends in finish_step
+        stopping = max(from_all_ranks(run.signal))
+        if step and (stopping or (args.save_frequency and step % args.save_frequency == 0)):
+            save_checkpoint(folder / f"{checkpoint}{step}", run.model, run.tokenizer, run.optimizer, step)
+            if args.keep_checkpoints and rank() == 0:
+                for path in checkpoints(folder)[args.keep_checkpoints:]:
+                    remove(path)
+        if stopping:
+            print(f"stopped after step {step}, as {signal.Signals(stopping).name} asked for; --resume goes on from there", flush=True)
+            leave_ranks(128 + stopping)
+            sys.exit(128 + stopping)
+    save_checkpoint(folder / "final_model", run.model, run.tokenizer)
+    if rank() == 0:
+        accuracies = [lookup(record, ACCURACY) for record in read_metrics(folder) if lookup(record, ACCURACY) is not None]
+        print(f"done: accuracy {accuracies[0]:.3f} -> {accuracies[-1]:.3f} on {len(run.val_problems)} unseen problems; "
+              f"{folder}/final_model, curves.png, metrics.jsonl, samples.jsonl")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2128,7 +2082,7 @@ def train_sft(args):
         raise UserError(f"{args.sft_data}: every trace is longer than --max_length {args.max_length} tokens")
     per_epoch = math.ceil(len(examples) / args.train_batch_size)
 
-    for step in start_logging(run, args.sft_epochs * per_epoch):
+    for step in training_steps(run, args.sft_epochs * per_epoch, "checkpoint-"):
         started = time.perf_counter()
         epoch, i = divmod(step - 1, per_epoch)      # a new order in each epoch, which a resumed run finds again by its seed
         shuffled = random.Random(seed_for(args.seed, epoch, "order of traces")).sample(examples, len(examples))
@@ -2136,7 +2090,7 @@ def train_sft(args):
         update = sft_update(run, shuffled[i * args.train_batch_size:(i + 1) * args.train_batch_size], learning_rate)
         seconds = time.perf_counter() - started
         finish_step(run, {"step": step, "time": seconds, "time_training": seconds, "train/learning_rate": learning_rate,
-                          **update_metrics([update], "train/loss")}, checkpoint=f"checkpoint-{step}")
+                          **update_metrics([update], "train/loss")})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2149,7 +2103,7 @@ def train_expert_iteration(args):
     run = start_training(args)
     problems = load_sampling_problems(run, args.train_data, at_least=args.ei_batch_size)
 
-    for step in start_logging(run, args.n_ei_steps):
+    for step in training_steps(run, args.n_ei_steps, "checkpoint_ei_step_"):
         # 1. Sample a few responses to each of some problems, from the policy as it is now.
         started = time.perf_counter()
         rollouts, repeated = sample_for_training(run, problems, args.ei_batch_size, args.num_rollouts, step)
@@ -2169,11 +2123,10 @@ def train_expert_iteration(args):
             for i in range(0, len(correct), args.train_batch_size):
                 updates.append(sft_update(run, shuffled[i:i + args.train_batch_size], learning_rate))
 
-        # 4. Validate, log and save.
+        # 4. Validate and log.
         finish_step(run, {"step": step, "ei/avg_reward": sum(r["reward"] for r in rewards) / len(rewards), "ei/filtered_samples": len(correct),
                           "train_reward_format": sum(r["format_reward"] for r in rewards) / len(rewards), "learning_rate": learning_rate, **gap,
-                          **rollout_metrics(rollouts, failed, started, sampled, graded), **update_metrics(updates, "ei/sft_loss")},
-                    checkpoint=f"checkpoint_ei_step_{step}")
+                          **rollout_metrics(rollouts, failed, started, sampled, graded), **update_metrics(updates, "ei/sft_loss")})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2229,7 +2182,7 @@ def train_grpo(args):
     problems = load_sampling_problems(run, args.train_data, at_least=prompts_per_step)
     off_policy = args.epochs_per_rollout_batch * (args.rollout_batch_size // args.train_batch_size) > 1
 
-    for step in start_logging(run, args.n_grpo_steps):
+    for step in training_steps(run, args.n_grpo_steps, "checkpoint_step_"):
         # 1. Sample a group of G responses to each of some problems, from the policy as it is now: after this it is π_old.
         started = time.perf_counter()
         rollouts, repeated = sample_for_training(run, problems, prompts_per_step, args.group_size, step)
@@ -2256,12 +2209,11 @@ def train_grpo(args):
             for rows in order.split(args.train_batch_size):
                 updates.append(grpo_update(run, take(batch, rows), prompts, learning_rate))
 
-        # 5. Validate, log and save.
+        # 5. Validate and log.
         finish_step(run, {"step": step, "train_reward_total": grades["reward_mean"], "train_reward_format": grades["format_reward_mean"],
                           "train_reward_answer": grades["answer_reward_mean"], "equal_reward_groups": grades["equal_reward_groups"],
                           "advantage_std": advantages.std(correction=0).item(), "learning_rate": learning_rate,
-                          **rollout_metrics(rollouts, grades["grading_timeouts"], started, sampled, graded), **update_metrics(updates)},
-                    checkpoint=f"checkpoint_step_{step}")
+                          **rollout_metrics(rollouts, grades["grading_timeouts"], started, sampled, graded), **update_metrics(updates)})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2281,7 +2233,7 @@ def run_eval(args):
         return
     problems = load_val_problems(run)
     if rank() == 0:
-        open_output_dir(args)
+        open_output_dir(args, run.log_sizes)
     summary = {"model": args.model, "prompt": args.prompt, "temperature": args.eval_temperature, "seed": args.seed}
     summary |= evaluate_run(run, problems, args.eval_samples, 0)
     if rank() > 0:

@@ -1012,15 +1012,15 @@ def test_evaluation_counts_agree_with_the_rollouts(base):
 def test_an_output_dir_that_holds_a_run_is_never_overwritten_silently(tmp_path):
     args = align.parse_args(["--algo", "sft", "--preset", "tiny", "--output_dir", str(tmp_path)])
     (tmp_path / "notes.txt").write_text("mine")
-    align.open_output_dir(args)
+    align.open_output_dir(args, {})
     with pytest.raises(align.UserError, match="holds a run already"):
-        align.open_output_dir(args)
+        align.open_output_dir(args, {})
     (tmp_path / "final_model").mkdir()
     args.overwrite, args.model = True, str(tmp_path / "final_model")
     with pytest.raises(align.UserError, match="would remove --model"):
-        align.open_output_dir(args)
+        align.open_output_dir(args, {})
     args.model = "elsewhere"
-    align.open_output_dir(args)
+    align.open_output_dir(args, {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["args.json", "notes.txt"]
 
 
@@ -1117,33 +1117,42 @@ def test_out_of_memory_halves_the_token_budget_once_and_makes_the_same_update(mo
 def test_the_newest_checkpoint_that_is_as_it_was_written_is_found(tmp_path, capsys):
     model, tokenizer = random_model(4), word_tokenizer("a", "b", "c")
     optimizer = torch.optim.AdamW(model.parameters())
-    assert align.newest_checkpoint(tmp_path) == (0, None)
+    assert align.newest_checkpoint(tmp_path) is None
     for step in (2, 9, 10, 11, 12):
         align.save_checkpoint(tmp_path / f"checkpoint_step_{step}", model, tokenizer, optimizer, step)
-    assert align.newest_checkpoint(tmp_path) == (12, tmp_path / "checkpoint_step_12")
+    assert align.newest_checkpoint(tmp_path) == tmp_path / "checkpoint_step_12"
     with open(tmp_path / "checkpoint_step_12/model.safetensors", "r+b") as file:
         file.seek(300)
         file.write(b"!")                    # one byte
     (tmp_path / "checkpoint_step_11/trainer_state.pt").unlink()
     (tmp_path / "checkpoint_step_10/SHA256SUMS").write_text("")
     (tmp_path / "checkpoint_step_13.partial").mkdir()
-    assert align.newest_checkpoint(tmp_path) == (9, tmp_path / "checkpoint_step_9")
+    assert align.newest_checkpoint(tmp_path) == tmp_path / "checkpoint_step_9"
     said = capsys.readouterr().out
     assert all(f"checkpoint_step_{step} is incomplete or damaged: passed over" in said for step in (12, 11, 10)) and "13" not in said
     subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=tmp_path / "checkpoint_step_9", check=True)
 
 
-def test_records_of_later_steps_and_half_a_line_are_cut_off(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    lines = [json.dumps({"step": step, "x": "é"}) + "\n" for step in (0, 1, 1, 2, 3)]
-    for end in ("", '{"step": 2, "x": "', '{"step": 2}garbage\n', "\n"):
-        path.write_text("".join(lines[:4]) + end)
-        align.cut_back(path, 2)
-        assert path.read_text() == "".join(lines[:4])
-    align.cut_back(path, 1)
-    assert path.read_text() == "".join(lines[:3])
-    align.cut_back(path, -1)
-    assert path.read_text() == "" and align.cut_back(tmp_path / "none.jsonl", 3) is None
+def test_logs_are_cut_back_to_what_they_held_when_the_checkpoint_was_written(tmp_path):
+    model = random_model(4)
+    logs = [tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl"]
+    for log in logs:
+        log.write_text("".join(json.dumps({"step": step, "x": "é"}) + "\n" for step in (0, 1, 1, 2)))
+    before = [log.read_bytes() for log in logs]
+    align.save_checkpoint(tmp_path / "checkpoint_step_2", model, word_tokenizer("a", "b", "c"), torch.optim.AdamW(model.parameters()), 2)
+    log_sizes = torch.load(tmp_path / "checkpoint_step_2/trainer_state.pt")["log_sizes"]
+    args = align.parse_args(["--algo", "grpo", "--preset", "tiny", "--resume", "--output_dir", str(tmp_path)])
+    for end in (b"", b'{"step": 3, "x": "', b'{"step": 3}\n{"step": 4}\n', b"\n"):
+        for log, content in zip(logs, before):
+            log.write_bytes(content + end)
+        align.open_output_dir(args, log_sizes)
+        assert [log.read_bytes() for log in logs] == before
+    logs[0].write_bytes(before[0][:-9])         # cut by somebody else, or gone: nothing is made up
+    logs[1].unlink()
+    align.open_output_dir(args, log_sizes)
+    assert logs[0].read_bytes() == before[0][:-9] and not logs[1].exists()
+    align.open_output_dir(args, {})
+    assert logs[0].read_bytes() == b""
 
 
 # Kills a run at a random moment, again and again, and resumes it. One process imports align.py and forks for every run, which saves the import.
@@ -1255,7 +1264,14 @@ def test_run_passes_over_a_damaged_checkpoint_and_saves_it_again(embedded, tmp_p
     assert "checkpoint_step_3 is incomplete or damaged: passed over" in said and re.search("resumed from .*checkpoint_step_2\n", said)
     assert weights.read_bytes() == content and without_times(metrics_of(tmp_path / "damaged")) == without_times(metrics_of(tmp_path / "whole"))
     assert (tmp_path / "damaged/final_model/model.safetensors").read_bytes() == (tmp_path / "whole/final_model/model.safetensors").read_bytes()
-    align.main(["--algo", "grpo", "--resume", "--n_grpo_steps", "4", "--lr_schedule", "constant", "--output_dir", str(tmp_path / "damaged")])     # and on
+    longer = ["--algo", "grpo", "--resume", "--n_grpo_steps", "4", "--lr_schedule", "constant", "--output_dir", str(tmp_path / "damaged")]
+    real = align.save_checkpoint
+    with monkeypatch.context() as patch, pytest.raises(KeyError):           # on, and dead before the final model is written
+        patch.setattr(align, "save_checkpoint", lambda path, *rest: {}["dead"] if path.name == "final_model" else real(path, *rest))
+        align.main(longer)
+    align.main(longer)
+    assert "this run is finished" not in capsys.readouterr().out
+    assert (tmp_path / "damaged/final_model/model.safetensors").read_bytes() == (tmp_path / "damaged/checkpoint_step_4/model.safetensors").read_bytes()
     assert [r["step"] for r in metrics_of(tmp_path / "damaged")] == [0, 1, 2, 3, 4]
     for name in ("final_model", "checkpoint_step_3", "checkpoint_step_4"):          # stopped after step 2, which was not validated, and done with it
         shutil.rmtree(tmp_path / "damaged" / name, ignore_errors=True)
@@ -1273,9 +1289,7 @@ def test_run_on_a_full_disk_ends_in_one_sentence_and_can_be_resumed(embedded, tm
     try:
         done = align_command(*argv, "--output_dir", disk / "out", code=2)
         assert re.search(r"cannot be written \(\d+ MB free on its disk\).*what was saved before is intact", done.stderr) and "Traceback" not in done.stderr
-        step, path = align.newest_checkpoint(disk / "out")
-        assert step >= 1
-        AutoModelForCausalLM.from_pretrained(path)
+        AutoModelForCausalLM.from_pretrained(align.newest_checkpoint(disk / "out"))
         shutil.copytree(disk / "out", tmp_path / "out")
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -1436,7 +1450,7 @@ def test_run_of_several_ranks_dies_as_a_whole_with_one_message_when_one_is_kille
     done = torchrun(2, script, *GRPO_ON_RANKS, "--dtype", "bfloat16", "--output_dir", tmp_path / "out", code=1)
     assert time.monotonic() - started < 60
     assert done.stderr.count("another rank is gone") <= 1 and "Signal 9 (SIGKILL)" in done.stderr and "RuntimeError" not in done.stderr
-    assert [path.name for _, path in align.checkpoints(tmp_path / "out")] == ["checkpoint_step_2", "checkpoint_step_1"]
+    assert [path.name for path in align.checkpoints(tmp_path / "out")] == ["checkpoint_step_2", "checkpoint_step_1"]
     weights = safetensors.torch.load_file(tmp_path / "out/checkpoint_step_2/model.safetensors")          # the float32 masters, not what travels
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
@@ -1646,7 +1660,7 @@ def test_runs_validate_the_same_problems_whatever_the_seed_and_the_weights_after
     args = align.parse_args(["--algo", "eval", "--preset", "tiny", "--model", str(tmp_path / "1/final_model"), "--validation_size", "16", "--seed", "1"])
     args.output_dir = str(tmp_path / "again")
     run = align.load_run(args)
-    align.open_output_dir(args)
+    align.open_output_dir(args, run.log_sizes)
     metrics = align.evaluate_run(run, align.load_val_problems(run), 1, step=3)
     assert metrics["accuracy"] == metrics_of(tmp_path / "1")[-1]["val_reward_answer"]
 
