@@ -63,6 +63,7 @@ import torch.distributed
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -842,9 +843,8 @@ def load_traces(path, prompt_name, reward_fn):
 
 
 def batch_token_ids(prompt_ids, response_ids, pad_id):
-    """Prompts and responses (B lists of ids each) as one right-padded batch for next-token prediction.
-
-    Returns {"input_ids", "labels", "response_mask"}, each (B, T), where T = longest prompt + response, less one for the shift.
+    """Prompts and responses (B lists of ids each) as one right-padded batch {"input_ids", "labels", "response_mask"}, each (B, T), where
+    T = longest prompt + response, less one for the shift to the next token:
 
         prompt [5, 6], response [7, 8]     input_ids      5  6  7
                                            labels         6  7  8
@@ -853,12 +853,9 @@ def batch_token_ids(prompt_ids, response_ids, pad_id):
     The mask comes from the lengths: a pad id is a token like any other. Attention is causal and padding stands on the right, so no real
     token ever looks at padding and the model needs no attention mask.
     """
-    longest = max(len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True))
-    ids = torch.full((len(prompt_ids), longest), pad_id)                            # (B, T+1)
-    mask = torch.zeros(ids.shape, dtype=torch.bool)
-    for i, (prompt, response) in enumerate(zip(prompt_ids, response_ids)):
-        ids[i, :len(prompt) + len(response)] = torch.tensor(prompt + response)
-        mask[i, len(prompt):len(prompt) + len(response)] = True
+    pairs = list(zip(prompt_ids, response_ids, strict=True))
+    ids = pad_sequence([torch.tensor(p + r) for p, r in pairs], batch_first=True, padding_value=pad_id)     # (B, T+1)
+    mask = pad_sequence([torch.tensor([False] * len(p) + [True] * len(r)) for p, r in pairs], batch_first=True)
     return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "response_mask": mask[:, 1:]}   # (B, T) each
 
 
@@ -904,9 +901,8 @@ class LabelLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, labels, temperature):
         """hidden (M, D), head (V, D), labels (M,) -> log-probs and entropies (M,), float32. Only the former carry a gradient."""
-        ctx.dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
         normalizers, label_logits, entropies = torch.empty(3, len(hidden), device=hidden.device)
-        for rows, logits in LabelLogProbs.chunk_logits(hidden.to(ctx.dtype), head.to(ctx.dtype), temperature):
+        for rows, logits in LabelLogProbs.chunk_logits(hidden, head.to(hidden.dtype), temperature):
             label_logits[rows] = logits.gather(1, labels[rows, None]).squeeze(1)
             largest = logits.amax(dim=1)
             exp = logits.sub_(largest[:, None]).exp()
@@ -921,18 +917,18 @@ class LabelLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         hidden, head, labels, normalizers = ctx.saved_tensors
-        cast_hidden, cast_head = hidden.to(ctx.dtype), head.to(ctx.dtype)
-        grad_hidden, grad_head = torch.empty_like(cast_hidden), torch.zeros_like(head)
-        for rows, logits in LabelLogProbs.chunk_logits(cast_hidden, cast_head, ctx.temperature):
+        cast_head = head.to(hidden.dtype)
+        grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head)
+        for rows, logits in LabelLogProbs.chunk_logits(hidden, cast_head, ctx.temperature):
             grad_logits = logits.sub_(normalizers[rows, None]).exp_().mul_(-grad[rows, None])
             grad_logits.scatter_add_(1, labels[rows, None], grad[rows, None])
-            grad_logits = grad_logits.div_(ctx.temperature).to(ctx.dtype)
+            grad_logits = grad_logits.div_(ctx.temperature).to(hidden.dtype)
             torch.mm(grad_logits, cast_head, out=grad_hidden[rows])
-            if ctx.dtype == head.dtype:
-                grad_head.addmm_(grad_logits.T, cast_hidden[rows])
+            if hidden.dtype == head.dtype:
+                grad_head.addmm_(grad_logits.T, hidden[rows])
             else:                           # sums stay float32
-                grad_head += grad_logits.T @ cast_hidden[rows]
-        return grad_hidden.to(hidden.dtype), grad_head, None, None
+                grad_head += grad_logits.T @ hidden[rows]
+        return grad_hidden, grad_head, None, None
 
 
 def hidden_states(model, input_ids, **context):
@@ -951,11 +947,12 @@ def get_response_log_probs(model, input_ids, labels, return_token_entropy=False,
     if response_mask is None:
         logits = model(input_ids, **context).logits.float() / temperature           # (B, T, V)
         log_probs = logits.log_softmax(dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-        with torch.no_grad():
-            entropy = compute_entropy(logits) if return_token_entropy else None
+        entropy = compute_entropy(logits.detach()) if return_token_entropy else None
     else:
-        hidden = hidden_states(model, input_ids, **context)                         # (B, T, D)
-        values = LabelLogProbs.apply(hidden[response_mask], model.get_output_embeddings().weight, labels[response_mask], temperature)
+        hidden = hidden_states(model, input_ids, **context)[response_mask]          # (M, D), M response tokens
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        values = LabelLogProbs.apply(hidden, model.get_output_embeddings().weight, labels[response_mask], temperature)
         log_probs, entropy = (torch.zeros(labels.shape, device=labels.device).masked_scatter(response_mask, value) for value in values)
     return {"log_probs": log_probs, "token_entropy": entropy} if return_token_entropy else {"log_probs": log_probs}
 
