@@ -992,28 +992,25 @@ class SharedPrompts:
     the sum through the prompts. It is the same gradient as that of whole sequences, for a fraction of the work.
     """
 
-    def __init__(self, model, prompt_ids, tokens_at_a_time=math.inf):
-        device, self.config = model.device, model.config
-        self.lengths = torch.tensor([len(ids) - 1 for ids in prompt_ids], device=device)                    # (P,)
-        self.longest = int(self.lengths.max())
-        ids = torch.tensor([ids[:-1] + [0] * (self.longest - len(ids) + 1) for ids in map(list, prompt_ids)], device=device)
+    def __init__(self, model, prompt_ids, tokens_at_a_time=10**9):
+        self.lengths = torch.tensor([len(ids) - 1 for ids in prompt_ids], device=model.device)[:, None]         # (P, 1)
+        ids = pad_sequence([torch.tensor(ids[:-1] or [0]) for ids in prompt_ids], batch_first=True).to(model.device)         # (P, longest)
+        self.longest = ids.shape[1]
         caches, self.outputs = [], []
-        for some in ids.split(max(1, int(min(len(ids), tokens_at_a_time / self.longest)))) if self.longest else ():
-            caches.append(DynamicCache(config=self.config))
+        for some in ids.split(max(1, tokens_at_a_time // self.longest)):
+            caches.append(DynamicCache())
             self.outputs.append(hidden_states(model, some, past_key_values=caches[-1], use_cache=True))     # no token looks at padding on its right
-        self.states = [tuple(torch.cat(parts) for parts in zip(*((layer.keys, layer.values) for layer in layers)))
+        self.states = [(torch.cat([layer.keys for layer in layers]), torch.cat([layer.values for layer in layers]))
                        for layers in zip(*(cache.layers for cache in caches))]      # (P, heads, longest, D) for each layer
         self.copies = [tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in pair) for pair in self.states]
 
     def context(self, numbers, width):
         """What the model's forward needs to know of the prompts with these numbers (b,) when its inputs, (b, width), follow them."""
-        cache = DynamicCache(config=self.config)
-        for layer, (keys, values) in zip(cache.layers, self.copies):
-            layer.update(keys.index_select(0, numbers), values.index_select(0, numbers))
-        is_prompt = torch.arange(self.longest, device=numbers.device) < self.lengths[numbers, None]         # (b, longest)
-        return {"past_key_values": cache, "use_cache": True,
-                "attention_mask": torch.cat([is_prompt, is_prompt.new_ones(len(numbers), width)], dim=1),
-                "position_ids": self.lengths[numbers, None] + torch.arange(width, device=numbers.device)}
+        cache = DynamicCache(tuple(copy.index_select(0, numbers) for copy in pair) for pair in self.copies)
+        lengths = self.lengths[numbers]
+        is_prompt = torch.arange(self.longest, device=lengths.device) < lengths             # (b, longest)
+        return {"past_key_values": cache, "use_cache": True, "attention_mask": F.pad(is_prompt, (0, width), value=True),
+                "position_ids": lengths + torch.arange(width, device=lengths.device)}
 
     def backward(self):
         """Carries the gradients on the keys and values back through the prompts, where there are any."""
@@ -1193,11 +1190,12 @@ def autocast(args):
     return torch.autocast(args.device, torch.bfloat16) if args.dtype == "bfloat16" else contextlib.nullcontext()
 
 
-def response_text(tokenizer, response_ids, finish_reason, stop):
-    """What a response decodes to. Where the stop string ended it, the text ends with that string: the last token may reach beyond it."""
+def make_rollout(tokenizer, stop, prompt_ids, response_ids, log_probs, finish_reason):
+    """A Rollout with its text. Where the stop string ended it, the text ends with that string: the last token may reach beyond it."""
     text = tokenizer.decode(response_ids, skip_special_tokens=True)
-    ended_by_stop = finish_reason == "stop" and response_ids[-1] != tokenizer.eos_token_id
-    return text[:text.rindex(stop) + len(stop)] if ended_by_stop else text
+    if finish_reason == "stop" and response_ids[-1] != tokenizer.eos_token_id:
+        text = text[:text.rindex(stop) + len(stop)]
+    return Rollout(prompt_ids, response_ids, log_probs, text, finish_reason)
 
 
 def grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -1219,25 +1217,17 @@ class RoomyLayer(DynamicLayer):
 
     def __init__(self, layer):
         super().__init__()
-        self.is_initialized = layer.is_initialized
-        if self.is_initialized:
-            self.keys, self.values = layer.keys, layer.values
-        self.room = [None, None]
+        self.is_initialized, self.rooms = True, [layer.keys, layer.values]
+        self.keys, self.values = self.rooms
 
     def update(self, key_states, value_states, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        self.keys, self.values = self._append(0, self.keys, key_states), self._append(1, self.values, value_states)
+        length, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        for i, (old, new) in enumerate([(self.keys, key_states), (self.values, value_states)]):
+            if end > self.rooms[i].shape[2] or len(old) < len(self.rooms[i]):           # it is full, or rows were dropped
+                self.rooms[i] = F.pad(old, (0, 0, 0, end - length + 64))
+            self.rooms[i][:, :, length:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self.rooms)
         return self.keys, self.values
-
-    def _append(self, i, old, new):
-        (rows, heads, length, width), added, room = old.shape, new.shape[2], self.room[i]
-        if room is None or old.data_ptr() != room.data_ptr() or length + added > room.shape[2]:     # rows were dropped, or it is full
-            room = self.room[i] = old.new_empty(rows, heads, length + added + 64, width)
-            room[:, :, :length] = old
-        room[:, :, length:length + added] = new
-        return room[:, :, :length + added]
 
 
 class TorchSampler:
@@ -1267,65 +1257,57 @@ class TorchSampler:
 
         seeds: one for each prompt. temperature 0 is greedy. No end-of-sequence before min_tokens. stop: a string that ends a response, or None.
         """
+        per_batch = max(1, self.batch_size // n)
+        if len(prompt_ids) > per_batch:
+            parts = [slice(i, i + per_batch) for i in range(0, len(prompt_ids), per_batch)]
+            return [rollout for part in parts
+                    for rollout in self.generate(prompt_ids[part], n, seeds[part], temperature, max_tokens, min_tokens, stop)]
+        device, eos = self.model.device, self.tokenizer.eos_token_id
         # Token t of response i is where the uniform number draws[i, t] falls in the cumulated distribution. So a response depends on
         # its prompt's seed and its own number alone, not on which others share its batch or when they end.
         draws = torch.cat([torch.rand(n, max_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-        per_batch = max(1, self.batch_size // n)
-        rollouts = []
-        for i in range(0, len(prompt_ids), per_batch):
-            rollouts += self._generate_batch(prompt_ids[i:i + per_batch], n, temperature, max_tokens, min_tokens, stop,
-                                             draws[i * n:(i + per_batch) * n])
-        return rollouts
-
-    def _generate_batch(self, prompt_ids, n, temperature, max_tokens, min_tokens, stop, draws):
-        device, tokenizer = self.model.device, self.tokenizer
         draws = draws.to(device).clamp(max=1 - 1e-6)
         # Only a token that holds the stop string's last character can complete it; the text is looked at after those alone.
         may_stop = torch.zeros(len(self.model.get_output_embeddings().weight), dtype=torch.bool, device=device)     # often more than the tokenizer's
-        may_stop[:len(self.token_strings)] = torch.tensor([stop is not None and stop[-1] in (s or "") for s in self.token_strings], device=device)
-        rows = torch.arange(len(prompt_ids) * n, device=device)             # which response each row of the batch holds
-        ids = torch.zeros(len(rows), max_tokens, dtype=torch.long, device=device)
-        log_probs, lengths = torch.zeros(ids.shape, device=device), torch.full_like(rows, max_tokens)
-        stopped = torch.zeros_like(rows, dtype=torch.bool)
+        may_stop[[i for i, string in enumerate(self.token_strings) if stop and stop[-1] in (string or "")]] = True
         shared = SharedPrompts(self.model, prompt_ids, tokens_at_a_time=4096)       # activations take memory
+        rows = torch.arange(len(prompt_ids) * n, device=device)             # which response each row of the batch holds
         context = shared.context(rows // n, max_tokens)
         cache, mask, positions = context["past_key_values"], context["attention_mask"], context["position_ids"]
         cache.layers = [RoomyLayer(layer) for layer in cache.layers]
+        ids = torch.zeros(len(rows), max_tokens, dtype=torch.long, device=device)
+        log_probs, lengths = torch.zeros(ids.shape, device=device), torch.zeros_like(rows)          # length 0: not ended
         token = torch.tensor([prompt[-1] for prompt in prompt_ids], device=device)[rows // n]
         for t in range(max_tokens):
-            logits = self.model(token[:, None], attention_mask=mask[:, :shared.longest + t + 1], position_ids=positions[:, t:t + 1],
+            logits = self.model(token[:, None], attention_mask=mask[rows, :shared.longest + t + 1], position_ids=positions[rows, t:t + 1],
                                 past_key_values=cache, use_cache=True).logits[:, -1].float()        # (rows, V)
             scaled = logits / (temperature or 1.0)
             normalizer = scaled.logsumexp(dim=-1)           # before the ban below: log-probs are the model's own
             if t < min_tokens:
-                scaled[:, tokenizer.eos_token_id] = -math.inf
+                scaled[:, eos] = -math.inf
             if temperature == 0:
                 token = scaled.argmax(dim=-1)
             else:
                 cumulated = scaled.softmax(dim=-1).cumsum(dim=-1)
                 token = torch.searchsorted(cumulated, draws[rows, t:t + 1] * cumulated[:, -1:], right=True).squeeze(1)
             ids[rows, t], log_probs[rows, t] = token, scaled.gather(1, token[:, None]).squeeze(1) - normalizer
-            ends = token == tokenizer.eos_token_id
-            if stop is not None and t + 1 >= min_tokens:
+            ends = token == eos
+            if t + 1 >= min_tokens:
                 for k in may_stop[token].nonzero().flatten().tolist():
-                    tail = ids[rows[k], max(0, t - 31):t + 1].tolist()
-                    with_token, without = (tokenizer.decode(part, skip_special_tokens=True) for part in (tail, tail[:-1]))
+                    tail = ids[rows[k], max(0, t + 1 - len(stop)):t + 1].tolist()           # a token holds a character of it at least
+                    with_token, without = (self.tokenizer.decode(part, skip_special_tokens=True) for part in (tail, tail[:-1]))
                     ends[k] |= with_token.count(stop) > without.count(stop)                         # this token completed it
-            ends &= ~stopped[rows]
-            lengths[rows[ends]], stopped[rows[ends]] = t + 1, True
-            live = ~stopped[rows]
+            lengths[rows[ends & (lengths[rows] == 0)]] = t + 1
+            live = lengths[rows] == 0
             n_live = int(live.sum())
             if n_live == 0:
                 break
             if n_live < 0.75 * len(rows):                   # finished rows leave the batch once they are many
                 cache.batch_select_indices(live.nonzero().flatten())
-                rows, token, mask, positions = rows[live], token[live], mask[live], positions[live]
-        rollouts = []
-        for i, (length, ended) in enumerate(zip(lengths.tolist(), stopped.tolist())):
-            response, finish_reason = ids[i, :length].tolist(), "stop" if ended else "length"
-            text = response_text(tokenizer, response, finish_reason, stop)
-            rollouts.append(Rollout(prompt_ids[i // n], response, log_probs[i, :length].tolist(), text, finish_reason))
-        return rollouts
+                rows, token = rows[live], token[live]
+        return [make_rollout(self.tokenizer, stop, prompt_ids[i // n], ids[i, :length or max_tokens].tolist(),
+                             log_probs[i, :length or max_tokens].tolist(), "stop" if length else "length")
+                for i, length in enumerate(lengths.tolist())]
 
 
 @functools.cache
@@ -1397,8 +1379,7 @@ class VLLMSampler:
         for ids, output in zip(prompts, (request.outputs[0] for request in outputs), strict=True):
             response_ids = list(output.token_ids)
             log_probs = [step[token].logprob for step, token in zip(output.logprobs, response_ids, strict=True)]
-            text = response_text(self.tokenizer, response_ids, output.finish_reason, stop)
-            rollouts.append(Rollout(ids, response_ids, log_probs, text, output.finish_reason))
+            rollouts.append(make_rollout(self.tokenizer, stop, ids, response_ids, log_probs, output.finish_reason))
         return rollouts
 
 
