@@ -860,10 +860,8 @@ def batch_token_ids(prompt_ids, response_ids, pad_id):
 
 
 def tokenize_prompt_and_output(prompt_strs, output_strs, tokenizer):
-    """Texts to {"input_ids", "labels", "response_mask"}, each (B, T); see batch_token_ids.
-
-    Prompt and output are tokenised apart, so that the border between them is a token border, as it is when sampling.
-    """
+    """Texts to {"input_ids", "labels", "response_mask"}, each (B, T), as batch_token_ids does with ids. Prompt and output are tokenised apart,
+    so that the border between them is a token border, as it is when sampling."""
     prompt_ids = [tokenizer(text)["input_ids"] for text in prompt_strs]
     output_ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in output_strs]
     return batch_token_ids(prompt_ids, output_ids, tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
@@ -1231,8 +1229,7 @@ class RoomyLayer(DynamicLayer):
 
 
 class TorchSampler:
-    """Samples through transformers alone, the same on a laptop and on a GPU: with the training model itself where it is whole and of the
-    sampler's dtype, else with a copy."""
+    """Samples through transformers alone: with the training model itself where it is whole and of the sampler's dtype, else with a copy."""
 
     def __init__(self, tokenizer, batch_size, dtype):
         self.tokenizer, self.batch_size, self.dtype, self.model = tokenizer, batch_size, getattr(torch, dtype), None
@@ -1259,9 +1256,8 @@ class TorchSampler:
         """
         per_batch = max(1, self.batch_size // n)
         if len(prompt_ids) > per_batch:
-            parts = [slice(i, i + per_batch) for i in range(0, len(prompt_ids), per_batch)]
-            return [rollout for part in parts
-                    for rollout in self.generate(prompt_ids[part], n, seeds[part], temperature, max_tokens, min_tokens, stop)]
+            return [rollout for i in range(0, len(prompt_ids), per_batch)
+                    for rollout in self.generate(prompt_ids[i:i + per_batch], n, seeds[i:i + per_batch], temperature, max_tokens, min_tokens, stop)]
         device, eos = self.model.device, self.tokenizer.eos_token_id
         # Token t of response i is where the uniform number draws[i, t] falls in the cumulated distribution. So a response depends on
         # its prompt's seed and its own number alone, not on which others share its batch or when they end.
@@ -1280,17 +1276,16 @@ class TorchSampler:
         token = torch.tensor([prompt[-1] for prompt in prompt_ids], device=device)[rows // n]
         for t in range(max_tokens):
             logits = self.model(token[:, None], attention_mask=mask[rows, :shared.longest + t + 1], position_ids=positions[rows, t:t + 1],
-                                past_key_values=cache, use_cache=True).logits[:, -1].float()        # (rows, V)
-            scaled = logits / (temperature or 1.0)
-            normalizer = scaled.logsumexp(dim=-1)           # before the ban below: log-probs are the model's own
+                                past_key_values=cache, use_cache=True).logits[:, -1].float() / (temperature or 1.0)         # (rows, V)
+            normalizer = logits.logsumexp(dim=-1)           # before the ban below: log-probs are the model's own
             if t < min_tokens:
-                scaled[:, eos] = -math.inf
+                logits[:, eos] = -math.inf
             if temperature == 0:
-                token = scaled.argmax(dim=-1)
+                token = logits.argmax(dim=-1)
             else:
-                cumulated = scaled.softmax(dim=-1).cumsum(dim=-1)
+                cumulated = logits.softmax(dim=-1).cumsum(dim=-1)
                 token = torch.searchsorted(cumulated, draws[rows, t:t + 1] * cumulated[:, -1:], right=True).squeeze(1)
-            ids[rows, t], log_probs[rows, t] = token, scaled.gather(1, token[:, None]).squeeze(1) - normalizer
+            ids[rows, t], log_probs[rows, t] = token, logits.gather(1, token[:, None]).squeeze(1) - normalizer
             ends = token == eos
             if t + 1 >= min_tokens:
                 for k in may_stop[token].nonzero().flatten().tolist():
@@ -1320,20 +1315,18 @@ def vllm_engine(model, dtype, gpu_memory_utilization, sleeps, on_cpu):
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")                # GiB
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")        # else it pins the threads that training needs, too
     import vllm
-    # The CPU build cannot rewind a request's generator, which a prompt cut into chunks needs; and compiling costs it a minute.
-    settings = dict(enable_chunked_prefill=False, enforce_eager=True) if on_cpu else {}
-    if world_size() > 1:
-        settings["distributed_executor_backend"] = "external_launcher"      # one engine per rank, on the rank's own GPU
     try:
         # processed_logprobs are those of the distribution that is sampled from, after temperature. generation_config="vllm" keeps the
         # model's generation_config.json from adding a top-k, ignore_eos in generate from adding another end of sequence.
+        # The CPU build cannot rewind a request's generator, which a prompt cut into chunks needs; and compiling costs it a minute.
         llm = vllm.LLM(model=model, dtype=dtype, gpu_memory_utilization=gpu_memory_utilization, enable_sleep_mode=sleeps,
-                       logprobs_mode="processed_logprobs", generation_config="vllm", disable_log_stats=True, **settings)
+                       logprobs_mode="processed_logprobs", generation_config="vllm",
+                       enable_chunked_prefill=False if on_cpu else None, enforce_eager=on_cpu,
+                       distributed_executor_backend="external_launcher" if world_size() > 1 else None)      # an engine on each rank's own GPU
         llm.generate([{"prompt_token_ids": [0]}], vllm.SamplingParams(max_tokens=1), use_tqdm=False)       # does it run?
     except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
-        raise UserError(f"vLLM {vllm.__version__} cannot serve {model}: {reason(error)}; too little memory is mended by "
-                        f"--gpu_memory_utilization (now {gpu_memory_utilization}; on a CPU by VLLM_CPU_KVCACHE_SPACE, in GiB), "
-                        "an unsupported model by --sampler torch") from error
+        raise UserError(f"vLLM {vllm.__version__} cannot serve {model}: {reason(error)}; --gpu_memory_utilization (now {gpu_memory_utilization}; on "
+                        "a CPU VLLM_CPU_KVCACHE_SPACE, in GiB) mends too little memory, --sampler torch an unsupported model") from error
     if sleeps:
         llm.sleep(level=2)          # level 2 drops the weights (level 1 would keep a copy): every hand-over brings new ones
     return llm
@@ -1345,8 +1338,6 @@ class VLLMSampler:
     def __init__(self, args, tokenizer):
         self.tokenizer, self.sleeps, self.on_cpu = tokenizer, args.vllm_sleep, args.device == "cpu"
         self.llm = vllm_engine(args.model, args.dtype, args.gpu_memory_utilization, self.sleeps, self.on_cpu)
-        import vllm
-        self.vllm = vllm
 
     def load_weights(self, model):
         """Hands the model's weights over, in memory, parameter by parameter, and forgets keys and values computed with the old ones."""
@@ -1359,18 +1350,17 @@ class VLLMSampler:
                 # The CPU build multiplies by a packed copy of the output head, which a hand-over of tied embeddings leaves as it was.
                 self.llm.apply_model(lambda served: served.lm_head.quant_method.process_weights_after_loading(served.lm_head))
         except (AttributeError, TypeError, NotImplementedError) as error:
-            raise UserError(f"vLLM {self.vllm.__version__} has not the weight hand-over of 0.32.0 ({reason(error)}): install "
-                            "vllm==0.32.0, or use --sampler torch") from error
+            raise UserError(f"this vLLM has not the weight hand-over of 0.32.0 ({reason(error)}): install that, or use --sampler torch") from error
         if self.sleeps:
             self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()
 
     def generate(self, prompt_ids, n, seeds, temperature, max_tokens, min_tokens, stop):
         """As TorchSampler.generate. Every response is a request with a seed of its own; prefix caching computes a shared prompt once."""
+        from vllm import SamplingParams
         prompts = [ids for ids in prompt_ids for _ in range(n)]
-        params = [self.vllm.SamplingParams(temperature=temperature, max_tokens=max_tokens, min_tokens=min_tokens, logprobs=0,
-                                           stop=[stop] if stop else [], include_stop_str_in_output=True, seed=seed_for(seed, i, "request"),
-                                           ignore_eos=True, stop_token_ids=[self.tokenizer.eos_token_id])
+        params = [SamplingParams(temperature=temperature, max_tokens=max_tokens, min_tokens=min_tokens, stop=stop, include_stop_str_in_output=True,
+                                 ignore_eos=True, stop_token_ids=[self.tokenizer.eos_token_id], logprobs=0, seed=seed_for(seed, i, "request"))
                   for seed in seeds for i in range(n)]
         outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         if self.sleeps:
