@@ -64,6 +64,7 @@ import torch.distributed
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -843,9 +844,8 @@ def load_traces(path, prompt_name, reward_fn):
 
 
 def batch_token_ids(prompt_ids, response_ids, pad_id):
-    """Prompts and responses (B lists of ids each) as one right-padded batch for next-token prediction.
-
-    Returns {"input_ids", "labels", "response_mask"}, each (B, T), where T = longest prompt + response, less one for the shift.
+    """Prompts and responses (B lists of ids each) as one right-padded batch {"input_ids", "labels", "response_mask"}, each (B, T), where
+    T = longest prompt + response, less one for the shift to the next token:
 
         prompt [5, 6], response [7, 8]     input_ids      5  6  7
                                            labels         6  7  8
@@ -854,20 +854,15 @@ def batch_token_ids(prompt_ids, response_ids, pad_id):
     The mask comes from the lengths: a pad id is a token like any other. Attention is causal and padding stands on the right, so no real
     token ever looks at padding and the model needs no attention mask.
     """
-    longest = max(len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True))
-    ids = torch.full((len(prompt_ids), longest), pad_id)                            # (B, T+1)
-    mask = torch.zeros(ids.shape, dtype=torch.bool)
-    for i, (prompt, response) in enumerate(zip(prompt_ids, response_ids)):
-        ids[i, :len(prompt) + len(response)] = torch.tensor(prompt + response)
-        mask[i, len(prompt):len(prompt) + len(response)] = True
+    pairs = list(zip(prompt_ids, response_ids, strict=True))
+    ids = pad_sequence([torch.tensor(p + r) for p, r in pairs], batch_first=True, padding_value=pad_id)     # (B, T+1)
+    mask = pad_sequence([torch.tensor([False] * len(p) + [True] * len(r)) for p, r in pairs], batch_first=True)
     return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "response_mask": mask[:, 1:]}   # (B, T) each
 
 
 def tokenize_prompt_and_output(prompt_strs, output_strs, tokenizer):
-    """Texts to {"input_ids", "labels", "response_mask"}, each (B, T); see batch_token_ids.
-
-    Prompt and output are tokenised apart, so that the border between them is a token border, as it is when sampling.
-    """
+    """Texts to {"input_ids", "labels", "response_mask"}, each (B, T), as batch_token_ids does with ids. Prompt and output are tokenised apart,
+    so that the border between them is a token border, as it is when sampling."""
     prompt_ids = [tokenizer(text)["input_ids"] for text in prompt_strs]
     output_ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in output_strs]
     return batch_token_ids(prompt_ids, output_ids, tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
@@ -905,9 +900,8 @@ class LabelLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, labels, temperature):
         """hidden (M, D), head (V, D), labels (M,) -> log-probs and entropies (M,), float32. Only the former carry a gradient."""
-        ctx.dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
         normalizers, label_logits, entropies = torch.empty(3, len(hidden), device=hidden.device)
-        for rows, logits in LabelLogProbs.chunk_logits(hidden.to(ctx.dtype), head.to(ctx.dtype), temperature):
+        for rows, logits in LabelLogProbs.chunk_logits(hidden, head.to(hidden.dtype), temperature):
             label_logits[rows] = logits.gather(1, labels[rows, None]).squeeze(1)
             largest = logits.amax(dim=1)
             exp = logits.sub_(largest[:, None]).exp()
@@ -922,18 +916,18 @@ class LabelLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         hidden, head, labels, normalizers = ctx.saved_tensors
-        cast_hidden, cast_head = hidden.to(ctx.dtype), head.to(ctx.dtype)
-        grad_hidden, grad_head = torch.empty_like(cast_hidden), torch.zeros_like(head)
-        for rows, logits in LabelLogProbs.chunk_logits(cast_hidden, cast_head, ctx.temperature):
+        cast_head = head.to(hidden.dtype)
+        grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head)
+        for rows, logits in LabelLogProbs.chunk_logits(hidden, cast_head, ctx.temperature):
             grad_logits = logits.sub_(normalizers[rows, None]).exp_().mul_(-grad[rows, None])
             grad_logits.scatter_add_(1, labels[rows, None], grad[rows, None])
-            grad_logits = grad_logits.div_(ctx.temperature).to(ctx.dtype)
+            grad_logits = grad_logits.div_(ctx.temperature).to(hidden.dtype)
             torch.mm(grad_logits, cast_head, out=grad_hidden[rows])
-            if ctx.dtype == head.dtype:
-                grad_head.addmm_(grad_logits.T, cast_hidden[rows])
+            if hidden.dtype == head.dtype:
+                grad_head.addmm_(grad_logits.T, hidden[rows])
             else:                           # sums stay float32
-                grad_head += grad_logits.T @ cast_hidden[rows]
-        return grad_hidden.to(hidden.dtype), grad_head, None, None
+                grad_head += grad_logits.T @ hidden[rows]
+        return grad_hidden, grad_head, None, None
 
 
 def hidden_states(model, input_ids, **context):
@@ -952,11 +946,12 @@ def get_response_log_probs(model, input_ids, labels, return_token_entropy=False,
     if response_mask is None:
         logits = model(input_ids, **context).logits.float() / temperature           # (B, T, V)
         log_probs = logits.log_softmax(dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-        with torch.no_grad():
-            entropy = compute_entropy(logits) if return_token_entropy else None
+        entropy = compute_entropy(logits.detach()) if return_token_entropy else None
     else:
-        hidden = hidden_states(model, input_ids, **context)                         # (B, T, D)
-        values = LabelLogProbs.apply(hidden[response_mask], model.get_output_embeddings().weight, labels[response_mask], temperature)
+        hidden = hidden_states(model, input_ids, **context)[response_mask]          # (M, D), M response tokens
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        values = LabelLogProbs.apply(hidden, model.get_output_embeddings().weight, labels[response_mask], temperature)
         log_probs, entropy = (torch.zeros(labels.shape, device=labels.device).masked_scatter(response_mask, value) for value in values)
     return {"log_probs": log_probs, "token_entropy": entropy} if return_token_entropy else {"log_probs": log_probs}
 
@@ -996,28 +991,25 @@ class SharedPrompts:
     the sum through the prompts. It is the same gradient as that of whole sequences, for a fraction of the work.
     """
 
-    def __init__(self, model, prompt_ids, tokens_at_a_time=math.inf):
-        device, self.config = model.device, model.config
-        self.lengths = torch.tensor([len(ids) - 1 for ids in prompt_ids], device=device)                    # (P,)
-        self.longest = int(self.lengths.max())
-        ids = torch.tensor([ids[:-1] + [0] * (self.longest - len(ids) + 1) for ids in map(list, prompt_ids)], device=device)
+    def __init__(self, model, prompt_ids, tokens_at_a_time=10**9):
+        self.lengths = torch.tensor([len(ids) - 1 for ids in prompt_ids], device=model.device)[:, None]         # (P, 1)
+        ids = pad_sequence([torch.tensor(ids[:-1] or [0]) for ids in prompt_ids], batch_first=True).to(model.device)         # (P, longest)
+        self.longest = ids.shape[1]
         caches, self.outputs = [], []
-        for some in ids.split(max(1, int(min(len(ids), tokens_at_a_time / self.longest)))) if self.longest else ():
-            caches.append(DynamicCache(config=self.config))
+        for some in ids.split(max(1, tokens_at_a_time // self.longest)):
+            caches.append(DynamicCache())
             self.outputs.append(hidden_states(model, some, past_key_values=caches[-1], use_cache=True))     # no token looks at padding on its right
-        self.states = [tuple(torch.cat(parts) for parts in zip(*((layer.keys, layer.values) for layer in layers)))
+        self.states = [(torch.cat([layer.keys for layer in layers]), torch.cat([layer.values for layer in layers]))
                        for layers in zip(*(cache.layers for cache in caches))]      # (P, heads, longest, D) for each layer
         self.copies = [tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in pair) for pair in self.states]
 
     def context(self, numbers, width):
         """What the model's forward needs to know of the prompts with these numbers (b,) when its inputs, (b, width), follow them."""
-        cache = DynamicCache(config=self.config)
-        for layer, (keys, values) in zip(cache.layers, self.copies):
-            layer.update(keys.index_select(0, numbers), values.index_select(0, numbers))
-        is_prompt = torch.arange(self.longest, device=numbers.device) < self.lengths[numbers, None]         # (b, longest)
-        return {"past_key_values": cache, "use_cache": True,
-                "attention_mask": torch.cat([is_prompt, is_prompt.new_ones(len(numbers), width)], dim=1),
-                "position_ids": self.lengths[numbers, None] + torch.arange(width, device=numbers.device)}
+        cache = DynamicCache(tuple(copy.index_select(0, numbers) for copy in pair) for pair in self.copies)
+        lengths = self.lengths[numbers]
+        is_prompt = torch.arange(self.longest, device=lengths.device) < lengths             # (b, longest)
+        return {"past_key_values": cache, "use_cache": True, "attention_mask": F.pad(is_prompt, (0, width), value=True),
+                "position_ids": lengths + torch.arange(width, device=lengths.device)}
 
     def backward(self):
         """Carries the gradients on the keys and values back through the prompts, where there are any."""
@@ -1185,11 +1177,12 @@ def autocast(args):
     return torch.autocast(args.device, torch.bfloat16) if args.dtype == "bfloat16" else contextlib.nullcontext()
 
 
-def response_text(tokenizer, response_ids, finish_reason, stop):
-    """What a response decodes to. Where the stop string ended it, the text ends with that string: the last token may reach beyond it."""
+def make_rollout(tokenizer, stop, prompt_ids, response_ids, log_probs, finish_reason):
+    """A Rollout with its text. Where the stop string ended it, the text ends with that string: the last token may reach beyond it."""
     text = tokenizer.decode(response_ids, skip_special_tokens=True)
-    ended_by_stop = finish_reason == "stop" and response_ids[-1] != tokenizer.eos_token_id
-    return text[:text.rindex(stop) + len(stop)] if ended_by_stop else text
+    if finish_reason == "stop" and response_ids[-1] != tokenizer.eos_token_id:
+        text = text[:text.rindex(stop) + len(stop)]
+    return Rollout(prompt_ids, response_ids, log_probs, text, finish_reason)
 
 
 def grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -1211,30 +1204,21 @@ class RoomyLayer(DynamicLayer):
 
     def __init__(self, layer):
         super().__init__()
-        self.is_initialized = layer.is_initialized
-        if self.is_initialized:
-            self.keys, self.values = layer.keys, layer.values
-        self.room = [None, None]
+        self.is_initialized, self.rooms = True, [layer.keys, layer.values]
+        self.keys, self.values = self.rooms
 
     def update(self, key_states, value_states, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        self.keys, self.values = self._append(0, self.keys, key_states), self._append(1, self.values, value_states)
+        length, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        for i, (old, new) in enumerate([(self.keys, key_states), (self.values, value_states)]):
+            if end > self.rooms[i].shape[2] or len(old) < len(self.rooms[i]):           # it is full, or rows were dropped
+                self.rooms[i] = F.pad(old, (0, 0, 0, end - length + 64))
+            self.rooms[i][:, :, length:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self.rooms)
         return self.keys, self.values
-
-    def _append(self, i, old, new):
-        (rows, heads, length, width), added, room = old.shape, new.shape[2], self.room[i]
-        if room is None or old.data_ptr() != room.data_ptr() or length + added > room.shape[2]:     # rows were dropped, or it is full
-            room = self.room[i] = old.new_empty(rows, heads, length + added + 64, width)
-            room[:, :, :length] = old
-        room[:, :, length:length + added] = new
-        return room[:, :, :length + added]
 
 
 class TorchSampler:
-    """Samples through transformers alone, the same on a laptop and on a GPU: with the training model itself where it is whole and of the
-    sampler's dtype, else with a copy."""
+    """Samples through transformers alone: with the training model itself where it is whole and of the sampler's dtype, else with a copy."""
 
     def __init__(self, tokenizer, batch_size, dtype):
         self.tokenizer, self.batch_size, self.dtype, self.model = tokenizer, batch_size, getattr(torch, dtype), None
@@ -1259,65 +1243,55 @@ class TorchSampler:
 
         seeds: one for each prompt. temperature 0 is greedy. No end-of-sequence before min_tokens. stop: a string that ends a response, or None.
         """
+        per_batch = max(1, self.batch_size // n)
+        if len(prompt_ids) > per_batch:
+            return [rollout for i in range(0, len(prompt_ids), per_batch)
+                    for rollout in self.generate(prompt_ids[i:i + per_batch], n, seeds[i:i + per_batch], temperature, max_tokens, min_tokens, stop)]
+        device, eos = self.model.device, self.tokenizer.eos_token_id
         # Token t of response i is where the uniform number draws[i, t] falls in the cumulated distribution. So a response depends on
         # its prompt's seed and its own number alone, not on which others share its batch or when they end.
         draws = torch.cat([torch.rand(n, max_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-        per_batch = max(1, self.batch_size // n)
-        rollouts = []
-        for i in range(0, len(prompt_ids), per_batch):
-            rollouts += self._generate_batch(prompt_ids[i:i + per_batch], n, temperature, max_tokens, min_tokens, stop,
-                                             draws[i * n:(i + per_batch) * n])
-        return rollouts
-
-    def _generate_batch(self, prompt_ids, n, temperature, max_tokens, min_tokens, stop, draws):
-        device, tokenizer = self.model.device, self.tokenizer
         draws = draws.to(device).clamp(max=1 - 1e-6)
         # Only a token that holds the stop string's last character can complete it; the text is looked at after those alone.
         may_stop = torch.zeros(len(self.model.get_output_embeddings().weight), dtype=torch.bool, device=device)     # often more than the tokenizer's
-        may_stop[:len(self.token_strings)] = torch.tensor([stop is not None and stop[-1] in (s or "") for s in self.token_strings], device=device)
-        rows = torch.arange(len(prompt_ids) * n, device=device)             # which response each row of the batch holds
-        ids = torch.zeros(len(rows), max_tokens, dtype=torch.long, device=device)
-        log_probs, lengths = torch.zeros(ids.shape, device=device), torch.full_like(rows, max_tokens)
-        stopped = torch.zeros_like(rows, dtype=torch.bool)
+        may_stop[[i for i, string in enumerate(self.token_strings) if stop and stop[-1] in (string or "")]] = True
         shared = SharedPrompts(self.model, prompt_ids, tokens_at_a_time=4096)       # activations take memory
+        rows = torch.arange(len(prompt_ids) * n, device=device)             # which response each row of the batch holds
         context = shared.context(rows // n, max_tokens)
         cache, mask, positions = context["past_key_values"], context["attention_mask"], context["position_ids"]
         cache.layers = [RoomyLayer(layer) for layer in cache.layers]
+        ids = torch.zeros(len(rows), max_tokens, dtype=torch.long, device=device)
+        log_probs, lengths = torch.zeros(ids.shape, device=device), torch.zeros_like(rows)          # length 0: not ended
         token = torch.tensor([prompt[-1] for prompt in prompt_ids], device=device)[rows // n]
         for t in range(max_tokens):
-            logits = self.model(token[:, None], attention_mask=mask[:, :shared.longest + t + 1], position_ids=positions[:, t:t + 1],
-                                past_key_values=cache, use_cache=True).logits[:, -1].float()        # (rows, V)
-            scaled = logits / (temperature or 1.0)
-            normalizer = scaled.logsumexp(dim=-1)           # before the ban below: log-probs are the model's own
+            logits = self.model(token[:, None], attention_mask=mask[rows, :shared.longest + t + 1], position_ids=positions[rows, t:t + 1],
+                                past_key_values=cache, use_cache=True).logits[:, -1].float() / (temperature or 1.0)         # (rows, V)
+            normalizer = logits.logsumexp(dim=-1)           # before the ban below: log-probs are the model's own
             if t < min_tokens:
-                scaled[:, tokenizer.eos_token_id] = -math.inf
+                logits[:, eos] = -math.inf
             if temperature == 0:
-                token = scaled.argmax(dim=-1)
+                token = logits.argmax(dim=-1)
             else:
-                cumulated = scaled.softmax(dim=-1).cumsum(dim=-1)
+                cumulated = logits.softmax(dim=-1).cumsum(dim=-1)
                 token = torch.searchsorted(cumulated, draws[rows, t:t + 1] * cumulated[:, -1:], right=True).squeeze(1)
-            ids[rows, t], log_probs[rows, t] = token, scaled.gather(1, token[:, None]).squeeze(1) - normalizer
-            ends = token == tokenizer.eos_token_id
-            if stop is not None and t + 1 >= min_tokens:
+            ids[rows, t], log_probs[rows, t] = token, logits.gather(1, token[:, None]).squeeze(1) - normalizer
+            ends = token == eos
+            if t + 1 >= min_tokens:
                 for k in may_stop[token].nonzero().flatten().tolist():
-                    tail = ids[rows[k], max(0, t - 31):t + 1].tolist()
-                    with_token, without = (tokenizer.decode(part, skip_special_tokens=True) for part in (tail, tail[:-1]))
+                    tail = ids[rows[k], max(0, t + 1 - len(stop)):t + 1].tolist()           # a token holds a character of it at least
+                    with_token, without = (self.tokenizer.decode(part, skip_special_tokens=True) for part in (tail, tail[:-1]))
                     ends[k] |= with_token.count(stop) > without.count(stop)                         # this token completed it
-            ends &= ~stopped[rows]
-            lengths[rows[ends]], stopped[rows[ends]] = t + 1, True
-            live = ~stopped[rows]
+            lengths[rows[ends & (lengths[rows] == 0)]] = t + 1
+            live = lengths[rows] == 0
             n_live = int(live.sum())
             if n_live == 0:
                 break
             if n_live < 0.75 * len(rows):                   # finished rows leave the batch once they are many
                 cache.batch_select_indices(live.nonzero().flatten())
-                rows, token, mask, positions = rows[live], token[live], mask[live], positions[live]
-        rollouts = []
-        for i, (length, ended) in enumerate(zip(lengths.tolist(), stopped.tolist())):
-            response, finish_reason = ids[i, :length].tolist(), "stop" if ended else "length"
-            text = response_text(tokenizer, response, finish_reason, stop)
-            rollouts.append(Rollout(prompt_ids[i // n], response, log_probs[i, :length].tolist(), text, finish_reason))
-        return rollouts
+                rows, token = rows[live], token[live]
+        return [make_rollout(self.tokenizer, stop, prompt_ids[i // n], ids[i, :length or max_tokens].tolist(),
+                             log_probs[i, :length or max_tokens].tolist(), "stop" if length else "length")
+                for i, length in enumerate(lengths.tolist())]
 
 
 @functools.cache
@@ -1330,20 +1304,18 @@ def vllm_engine(model, dtype, gpu_memory_utilization, sleeps, on_cpu):
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")                # GiB
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")        # else it pins the threads that training needs, too
     import vllm
-    # The CPU build cannot rewind a request's generator, which a prompt cut into chunks needs; and compiling costs it a minute.
-    settings = dict(enable_chunked_prefill=False, enforce_eager=True) if on_cpu else {}
-    if world_size() > 1:
-        settings["distributed_executor_backend"] = "external_launcher"      # one engine per rank, on the rank's own GPU
     try:
         # processed_logprobs are those of the distribution that is sampled from, after temperature. generation_config="vllm" keeps the
         # model's generation_config.json from adding a top-k, ignore_eos in generate from adding another end of sequence.
+        # The CPU build cannot rewind a request's generator, which a prompt cut into chunks needs; and compiling costs it a minute.
         llm = vllm.LLM(model=model, dtype=dtype, gpu_memory_utilization=gpu_memory_utilization, enable_sleep_mode=sleeps,
-                       logprobs_mode="processed_logprobs", generation_config="vllm", disable_log_stats=True, **settings)
+                       logprobs_mode="processed_logprobs", generation_config="vllm",
+                       enable_chunked_prefill=False if on_cpu else None, enforce_eager=on_cpu,
+                       distributed_executor_backend="external_launcher" if world_size() > 1 else None)      # an engine on each rank's own GPU
         llm.generate([{"prompt_token_ids": [0]}], vllm.SamplingParams(max_tokens=1), use_tqdm=False)       # does it run?
     except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
-        raise UserError(f"vLLM {vllm.__version__} cannot serve {model}: {reason(error)}; too little memory is mended by "
-                        f"--gpu_memory_utilization (now {gpu_memory_utilization}; on a CPU by VLLM_CPU_KVCACHE_SPACE, in GiB), "
-                        "an unsupported model by --sampler torch") from error
+        raise UserError(f"vLLM {vllm.__version__} cannot serve {model}: {reason(error)}; --gpu_memory_utilization (now {gpu_memory_utilization}; on "
+                        "a CPU VLLM_CPU_KVCACHE_SPACE, in GiB) mends too little memory, --sampler torch an unsupported model") from error
     if sleeps:
         llm.sleep(level=2)          # level 2 drops the weights (level 1 would keep a copy): every hand-over brings new ones
     return llm
@@ -1355,8 +1327,6 @@ class VLLMSampler:
     def __init__(self, args, tokenizer):
         self.tokenizer, self.sleeps, self.on_cpu = tokenizer, args.vllm_sleep, args.device == "cpu"
         self.llm = vllm_engine(args.model, args.dtype, args.gpu_memory_utilization, self.sleeps, self.on_cpu)
-        import vllm
-        self.vllm = vllm
 
     def load_weights(self, model):
         """Hands the model's weights over, in memory, parameter by parameter, and forgets keys and values computed with the old ones."""
@@ -1369,18 +1339,17 @@ class VLLMSampler:
                 # The CPU build multiplies by a packed copy of the output head, which a hand-over of tied embeddings leaves as it was.
                 self.llm.apply_model(lambda served: served.lm_head.quant_method.process_weights_after_loading(served.lm_head))
         except (AttributeError, TypeError, NotImplementedError) as error:
-            raise UserError(f"vLLM {self.vllm.__version__} has not the weight hand-over of 0.32.0 ({reason(error)}): install "
-                            "vllm==0.32.0, or use --sampler torch") from error
+            raise UserError(f"this vLLM has not the weight hand-over of 0.32.0 ({reason(error)}): install that, or use --sampler torch") from error
         if self.sleeps:
             self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()
 
     def generate(self, prompt_ids, n, seeds, temperature, max_tokens, min_tokens, stop):
         """As TorchSampler.generate. Every response is a request with a seed of its own; prefix caching computes a shared prompt once."""
+        from vllm import SamplingParams
         prompts = [ids for ids in prompt_ids for _ in range(n)]
-        params = [self.vllm.SamplingParams(temperature=temperature, max_tokens=max_tokens, min_tokens=min_tokens, logprobs=0,
-                                           stop=[stop] if stop else [], include_stop_str_in_output=True, seed=seed_for(seed, i, "request"),
-                                           ignore_eos=True, stop_token_ids=[self.tokenizer.eos_token_id])
+        params = [SamplingParams(temperature=temperature, max_tokens=max_tokens, min_tokens=min_tokens, stop=stop, include_stop_str_in_output=True,
+                                 ignore_eos=True, stop_token_ids=[self.tokenizer.eos_token_id], logprobs=0, seed=seed_for(seed, i, "request"))
                   for seed in seeds for i in range(n)]
         outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         if self.sleeps:
@@ -1389,8 +1358,7 @@ class VLLMSampler:
         for ids, output in zip(prompts, (request.outputs[0] for request in outputs), strict=True):
             response_ids = list(output.token_ids)
             log_probs = [step[token].logprob for step, token in zip(output.logprobs, response_ids, strict=True)]
-            text = response_text(self.tokenizer, response_ids, output.finish_reason, stop)
-            rollouts.append(Rollout(ids, response_ids, log_probs, text, output.finish_reason))
+            rollouts.append(make_rollout(self.tokenizer, stop, ids, response_ids, log_probs, output.finish_reason))
         return rollouts
 
 

@@ -834,9 +834,9 @@ def test_the_stop_string_ends_a_response_and_stays_in_it(base):
 
 def test_text_after_the_stop_string_in_the_same_token_is_not_graded():
     tokenizer = word_tokenizer("7", "</answer>,", "no")
-    assert align.response_text(tokenizer, [1, 2], "stop", "</answer>") == "7 </answer>"
-    assert align.response_text(tokenizer, [1, 2, 3, 0], "stop", "</answer>") == "7 </answer>, no"       # went on to the end of sequence
-    assert align.response_text(tokenizer, [1, 2, 3], "length", "</answer>") == "7 </answer>, no"
+    assert align.make_rollout(tokenizer, "</answer>", [], [1, 2], [], "stop").text == "7 </answer>"
+    assert align.make_rollout(tokenizer, "</answer>", [], [1, 2, 3, 0], [], "stop").text == "7 </answer>, no"       # went on to the end of sequence
+    assert align.make_rollout(tokenizer, "</answer>", [], [1, 2, 3], [], "length").text == "7 </answer>, no"
 
 
 def test_a_stop_string_before_min_tokens_ends_nothing_and_hides_nothing(base):
