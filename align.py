@@ -46,12 +46,10 @@ import random
 import re
 import shutil
 import signal
-import ssl
 import statistics
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from fractions import Fraction
 from pathlib import Path
@@ -130,19 +128,6 @@ def leave_ranks(code=0):
         os._exit(code)
 
 
-# What goes wrong ends the program with one sentence, not with a traceback.
-
-
-def fail(program, message, code):
-    """Ends the program with one sentence. Of several ranks rank 0 speaks; what another one has to say is heard where rank 0 lives on."""
-    if int(os.environ.get("RANK", 0)) > 0:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)       # which torchrun sends as soon as a rank has ended
-        time.sleep(2)
-    sys.stdout.flush()
-    print(f"{program}: {message}", file=sys.stderr, flush=True)
-    sys.exit(code) if world_size() == 1 else os._exit(code)       # at once: the others may wait for this one for ever
-
-
 def out_of_memory(error):
     """Is this exception PyTorch's way to say so? (On a CPU it is a plain RuntimeError.)"""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -150,38 +135,42 @@ def out_of_memory(error):
 
 @contextlib.contextmanager
 def one_sentence(program):
-    """What goes wrong inside and is not the program's own fault ends it with one sentence on stderr and an exit code."""
+    """What goes wrong inside and is not the program's own fault ends it with one sentence on stderr and an exit code, not with a traceback."""
     handlers = [(signum, signal.getsignal(signum)) for signum in (signal.SIGINT, signal.SIGTERM)]       # stop_on_signals changes them
     try:
         yield
+        return
     except UserError as error:
-        fail(program, error, 2)
+        message, code = str(error), 2
     except OSError as error:                    # no space, no permission, a folder that vanished
-        fail(program, f"{error}; what was saved before is intact", 2)
+        message, code = f"{error}; what was saved before is intact", 2
     except RuntimeError as error:
         if out_of_memory(error):
-            fail(program, "out of memory; --tokens_per_microbatch bounds training, --sampler_batch_size and --gpu_memory_utilization bound sampling; "
-                          "what was saved before is intact", 2)
-        if not re.search(r"gloo|NCCL|TCPStore", str(error)):
+            message, code = ("out of memory; --tokens_per_microbatch bounds training, --sampler_batch_size and --gpu_memory_utilization bound "
+                             "sampling; what was saved before is intact"), 2
+        elif re.search(r"gloo|NCCL|TCPStore", str(error)):
+            message, code = f"another rank is gone ({reason(error)}); what was saved before is intact", 1
+        else:
             raise
-        fail(program, f"another rank is gone ({reason(error)}); what was saved before is intact", 1)
     except KeyboardInterrupt:
-        fail(program, "interrupted; what was saved before is intact", 130)
+        message, code = "interrupted; what was saved before is intact", 130
     finally:
         for handler in handlers:
             signal.signal(*handler)
+    if int(os.environ.get("RANK", 0)) > 0:      # rank 0 speaks for all; what another one has to say is heard where rank 0 lives on
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)       # which torchrun sends as soon as a rank has ended
+        time.sleep(2)
+    sys.stdout.flush()
+    print(f"{program}: {message}", file=sys.stderr, flush=True)
+    sys.exit(code) if world_size() == 1 else os._exit(code)       # at once: the others may wait for this one for ever
 
 
 def use_hub_or_cache():
     """Where the Hugging Face hub does not answer, its client is set to use the cache alone, instead of trying again for a minute."""
     try:
         urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=5).close()
-    except urllib.error.HTTPError:      # an answer of a kind
-        pass
-    except OSError as error:            # but for certificates that this Python has not: the hub's client brings its own
-        huggingface_hub.constants.HF_HUB_OFFLINE = not isinstance(getattr(error, "reason", None), ssl.SSLError)
-    except ValueError as error:
-        raise UserError(f"HF_ENDPOINT {huggingface_hub.constants.ENDPOINT}: {reason(error)}") from error
+    except (OSError, ValueError) as error:      # an HTTP error is an answer, too; certificates that this Python has not the hub's client brings
+        huggingface_hub.constants.HF_HUB_OFFLINE |= not re.search("HTTP Error|SSL", str(error))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
