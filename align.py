@@ -32,7 +32,6 @@ import copy
 import ctypes
 import dataclasses
 import datetime
-import difflib
 import functools
 import hashlib
 import importlib.util
@@ -185,233 +184,198 @@ LOSS_TYPES = ("no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_cl
 PRESETS = {
     # 0.7M parameters, chains of one-digit sums; two CPU cores, minutes.
     "tiny": dict(
-        model="data/arithmetic/base_model", prompt="tiny", train_data="data/arithmetic/train.jsonl",
-        val_data="data/arithmetic/test.jsonl", sft_data="data/arithmetic/sft.jsonl",
-        sampling_max_tokens=64, validation_size=512, lr_schedule="linear", max_length=256, tokens_per_microbatch=4096,
+        model="data/arithmetic/base_model", prompt="tiny", train_data="data/arithmetic/train.jsonl", val_data="data/arithmetic/test.jsonl",
+        sft_data="data/arithmetic/sft.jsonl", sampling_max_tokens=64, validation_size=512, lr_schedule="linear", max_length=256,
+        tokens_per_microbatch=4096,
         eval=dict(validation_size=0),
         sft=dict(learning_rate=3e-4, train_batch_size=32, sft_epochs=16, validation_frequency=8, save_frequency=500),
-        ei=dict(learning_rate=3e-4, train_batch_size=64, n_ei_steps=8, ei_batch_size=256, num_rollouts=4, sft_epochs=2,
-                validation_frequency=1, save_frequency=4),
-        grpo=dict(learning_rate=6e-4, n_grpo_steps=50, rollout_batch_size=512, train_batch_size=512, group_size=8,
-                  validation_frequency=5, save_frequency=50),
+        ei=dict(learning_rate=3e-4, train_batch_size=64, n_ei_steps=8, ei_batch_size=256, sft_epochs=2, validation_frequency=1, save_frequency=4),
+        grpo=dict(learning_rate=6e-4, n_grpo_steps=50, rollout_batch_size=512, train_batch_size=512, validation_frequency=5, save_frequency=50),
     ),
     # Qwen2.5-Math-1.5B on MATH with the handout's hyperparameters; one 80 GB GPU, hours.
     "math": dict(
-        model="Qwen/Qwen2.5-Math-1.5B", prompt="r1_zero", train_data="data/MATH/train.jsonl",
-        val_data="data/MATH/test.jsonl", sft_data="data/MATH/sft.jsonl",
-        sampling_max_tokens=1024, validation_size=1024, lr_schedule="constant", max_length=2048, tokens_per_microbatch=2048,
+        model="Qwen/Qwen2.5-Math-1.5B", prompt="r1_zero", train_data="data/MATH/train.jsonl", val_data="data/MATH/test.jsonl",
+        sft_data="data/MATH/sft.jsonl", sampling_max_tokens=1024, validation_size=1024, lr_schedule="constant", max_length=2048,
+        tokens_per_microbatch=2048, learning_rate=1e-5,
         eval=dict(validation_size=0),
-        sft=dict(learning_rate=1e-5, train_batch_size=64, sft_epochs=3,
-                 validation_frequency=50, save_frequency=500),
-        ei=dict(learning_rate=1e-5, train_batch_size=64, n_ei_steps=5, ei_batch_size=1024,
-                num_rollouts=4, sft_epochs=1, validation_frequency=1, save_frequency=1),
-        grpo=dict(learning_rate=1e-5, n_grpo_steps=200, rollout_batch_size=256, train_batch_size=256, group_size=8,
-                  validation_frequency=10, save_frequency=50),
+        sft=dict(train_batch_size=64, sft_epochs=3, validation_frequency=50, save_frequency=500),
+        ei=dict(train_batch_size=64, n_ei_steps=5, ei_batch_size=1024, sft_epochs=1, validation_frequency=1, save_frequency=1),
+        grpo=dict(n_grpo_steps=200, rollout_batch_size=256, train_batch_size=256, validation_frequency=10, save_frequency=50),
     ),
 }
 
 
-def number(kind, low, high=math.inf):
+def bounded(kind, low, high=math.inf):
     """An argparse type: an int or a float between `low` and `high`."""
-    def parse(text):
+    def number(text):
         value = kind(text)
         if not low <= value <= high:        # false for nan, too
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}" if high < math.inf else f"{text} is below {low}")
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
-    parse.__name__ = kind.__name__          # argparse's "invalid int value" takes the name from here
-    return parse
+    return number
 
 
 def boolean(text):
     """An argparse type: true or false."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
+    return bool(("false", "true").index(text.lower()))      # a ValueError for any other word, which argparse reports
 
 
 def build_parser():
-    """(parser, {flag: the algorithms that use it}). Groups name the algorithms that a flag is for."""
-    parser = argparse.ArgumentParser(prog="align.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    users = {}
+    """(parser, {flag: the algorithms that use it}, {flag: its default}). The parser returns the flags that were typed, without defaults."""
+    parser = argparse.ArgumentParser(prog="align.py", description=__doc__.split("\n\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    users, defaults = {}, {}
 
     def group(title, *algos):
         section = parser.add_argument_group(f"{title} ({', '.join(algos)})")
-        users[section] = algos
-        return section
 
-    g = group("what to run", *ALGOS)
-    g.add_argument("--algo", choices=ALGOS, default=None, help="which of the four to run")
-    g.add_argument("--preset", choices=("auto", *PRESETS), default="auto", help="defaults for the rest; auto: math where there is CUDA, else tiny")
-    g.add_argument("--model", help="a Hugging Face id or a folder, such as sft_output/final_model")
-    g.add_argument("--prompt", help="a name in PROMPTS (section 2)")
-    g.add_argument("--val_data", help="JSON lines of problems to evaluate on")
-    g.add_argument("--output_dir", help="where the run writes; by default one folder per algorithm")
-    g.add_argument("--overwrite", type=boolean, nargs="?", const=True, default=False, help="replace the run that output_dir holds")
-    g.add_argument("--seed", type=int, default=0, help="of every random draw")
-    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                   help="of the matrix products (autocast; the weights stay float32); auto: bfloat16 on a GPU")
-    g.add_argument("--plot", nargs="+", metavar="DIR", help="draw these runs into one picture, compare.png, and stop")
-    g.add_argument("--compare", metavar="FLAG=A,B,…", help="run once with each value of the flag and each seed, the runs in folders of output_dir "
-                   "(compare_output), and put them into one picture and one table; finished runs are not run again")
-    g.add_argument("--seeds", type=number(int, 1), default=3, help="with --compare: runs of each variant, with seeds 0, 1, …")
-    g.add_argument("--target", type=number(float, 0, 1), default=0.8, help="with --compare: the accuracy whose time is measured")
-
-    g = group("sampling and evaluation", *ALGOS)
-    g.add_argument("--sampler", choices=("auto", "vllm", "torch"), default="auto", help="what generates the responses; auto: vllm on a GPU, else torch")
-    g.add_argument("--sampler_batch_size", type=number(int, 1), default=512, help="sequences that the torch sampler holds at a time")
-    g.add_argument("--gpu_memory_utilization", type=number(float, 0.01, 1), default=0.3, help="share of the GPU's memory that vLLM takes for itself")
-    g.add_argument("--vllm_sleep", type=boolean, nargs="?", const=True, default=False, help="give vLLM's memory to training while it does not sample")
-    g.add_argument("--sampling_min_tokens", type=number(int, 0), default=4, help="no response ends before; 0: off")
-    g.add_argument("--sampling_max_tokens", type=number(int, 1), help="responses are cut after so many tokens")
-    g.add_argument("--eval_temperature", type=number(float, 0), default=1.0, help="0: greedy")
-    g.add_argument("--validation_size", type=number(int, 0), help="problems to evaluate on, always the same ones; 0: all")
-
-    g = group("evaluation only", "eval")
-    g.add_argument("--eval_samples", type=number(int, 1), default=1, help="responses per problem, for pass@k")
-    g.add_argument("--question", help="answer this question, print the answer and stop")
-
-    g = group("training", "sft", "ei", "grpo")
-    g.add_argument("--learning_rate", type=number(float, 0), help="of AdamW")
-    g.add_argument("--lr_schedule", choices=("constant", "linear"), help="linear: down to zero over the run")
-    g.add_argument("--weight_decay", type=number(float, 0), default=0.0, help="of AdamW; 0: off")
-    g.add_argument("--gradient_clip_value", type=number(float, 1e-9), default=1.0, help="bound on the gradient's norm; inf: off")
-    g.add_argument("--train_batch_size", type=number(int, 1), help="sequences per optimizer update")
-    g.add_argument("--tokens_per_microbatch", type=number(int, 1), help="prompt and response tokens that go through the model at a time, of sequences of "
-                   "similar length; less takes less memory and makes the same update")
-    g.add_argument("--gradient_accumulation_steps", type=number(int, 0), default=0,
-                   help="split a train batch into so many equal microbatches instead (CS336: 128 for GRPO, 32 for SFT); 0: off")
-    g.add_argument("--validation_frequency", type=number(int, 0), help="steps between validations; 0: first and last step only")
-    g.add_argument("--save_frequency", type=number(int, 0), help="steps between checkpoints; 0: the final model only")
-    g.add_argument("--keep_checkpoints", type=number(int, 0), default=0, help="only the newest so many; 0: all")
-    g.add_argument("--resume", type=boolean, nargs="?", const=True, default=False,
-                   help="go on from the newest checkpoint in output_dir, with that run's settings where no flag says otherwise")
-    g.add_argument("--wandb_project", help="log to this Weights & Biases project as well")
-
-    g = group("supervised data", "sft")
-    g.add_argument("--sft_data", help="JSON lines of reasoning traces")
-    g.add_argument("--n_sft_examples", type=number(int, 0), default=0, help="use so many traces, drawn at random; 0: all")
-    g.add_argument("--max_length", type=number(int, 1), help="traces longer than this, prompt included, are dropped (tokens)")
-
-    g = group("supervised updates", "sft", "ei")
-    g.add_argument("--sft_epochs", type=number(int, 1), help="passes over the traces (ei: over each step's correct samples)")
-
-    g = group("sampling for training", "ei", "grpo")
-    g.add_argument("--train_data", help="JSON lines of problems to sample on")
-    g.add_argument("--sampling_temperature", type=number(float, 1e-3), default=1.0, help="1: sample from the policy itself")
-
-    g = group("expert iteration", "ei")
-    g.add_argument("--n_ei_steps", type=number(int, 1), help="rounds of sample, filter, fine-tune")
-    g.add_argument("--ei_batch_size", type=number(int, 1), help="problems per round")
-    g.add_argument("--num_rollouts", type=number(int, 1), help="responses per problem")
-
-    g = group("GRPO", "grpo")
-    g.add_argument("--n_grpo_steps", type=number(int, 1), help="rollout batches")
-    g.add_argument("--rollout_batch_size", type=number(int, 1), help="N, responses per step")
-    g.add_argument("--group_size", type=number(int, 1), help="G, responses per problem")
-    g.add_argument("--epochs_per_rollout_batch", type=number(int, 1), default=1, help="passes over each rollout batch; above 1: off-policy")
-    g.add_argument("--loss_type", choices=LOSS_TYPES, default="reinforce_with_baseline", help="see section 7")
-    g.add_argument("--cliprange", type=number(float, 0), default=0.2, help="ε of grpo_clip")
-    g.add_argument("--use_std_normalization", type=boolean, nargs="?", const=True, default=True,
-                   help="divide a group's advantages by its standard deviation; false: as [DrGRPO]")
-    g.add_argument("--advantage_eps", type=number(float, 0), default=1e-6, help="added to that standard deviation")
-    g.add_argument("--is_correction", type=number(float, 0), default=0.0, metavar="CAP",
-                   help="weigh each token by min(π_old / π_sampler, CAP), which corrects for a sampler of other numerics; 2 is usual, 0: off")
-    g.add_argument("--length_normalization", choices=("masked_mean", "masked_normalize"), default="masked_mean",
-                   help="divide a response's loss by its own length, or by sampling_max_tokens as [DrGRPO]")
-
-    users = {action.dest: algos for section, algos in users.items() for action in section._group_actions}
-    for action in parser._actions:          # say in --help what the presets put in
-        if action.dest in users:
+        def add(flag, help, default=None, **options):
+            users[flag], defaults[flag] = algos, default
+            help += f" (default: {default})" if default is not None else ""
             for name, preset in PRESETS.items():
-                values = {str(v) for v in [preset.get(action.dest), *(preset[a].get(action.dest) for a in ALGOS)] if v is not None}
-                action.help += f" [{name}: {' | '.join(sorted(values))}]" if values else ""
-            action.help += " (default: %(default)s)" if action.default is not None and "[tiny" not in action.help else ""
-    return parser, users
+                values = {str(entry[flag]) for entry in (preset, *map(preset.get, ALGOS)) if flag in entry}
+                help += f" [{name}: {' | '.join(sorted(values))}]" if values else ""
+            section.add_argument(f"--{flag}", help=help, **options)
+        return add
+
+    count, positive, real = bounded(int, 0), bounded(int, 1), bounded(float, 0)
+    switch = dict(type=boolean, nargs="?", const=True)
+    add = group("what to run", *ALGOS)
+    add("algo", "which of the four to run", choices=ALGOS)
+    add("preset", "defaults for the rest; auto: math where there is CUDA, else tiny", "auto", choices=("auto", *PRESETS))
+    add("model", "a Hugging Face id or a folder, such as sft_output/final_model")
+    add("prompt", "a name in PROMPTS (section 2)")
+    add("val_data", "JSON lines of problems to evaluate on")
+    add("output_dir", "where the run writes; by default one folder per algorithm")
+    add("overwrite", "replace the run that output_dir holds", False, **switch)
+    add("seed", "of every random draw", 0, type=int)
+    add("dtype", "of the matrix products (autocast over float32 weights); auto: bfloat16 on a GPU", "auto", choices=("auto", "float32", "bfloat16"))
+    add("plot", "draw these runs into one picture, compare.png, and stop", nargs="+", metavar="DIR")
+    add("compare", "run with each value of the flag and each seed, in folders of output_dir (compare_output), into one picture and one table; "
+        "finished runs are not run again", metavar="FLAG=A,B,…")
+    add("seeds", "with --compare: runs of each variant, with seeds 0, 1, …", 3, type=positive)
+    add("target", "with --compare: the accuracy whose time is measured", 0.8, type=bounded(float, 0, 1))
+
+    add = group("sampling and evaluation", *ALGOS)
+    add("sampler", "what generates the responses; auto: vllm on a GPU, else torch", "auto", choices=("auto", "vllm", "torch"))
+    add("sampler_batch_size", "sequences that the torch sampler holds at a time", 512, type=positive)
+    add("gpu_memory_utilization", "share of the GPU's memory that vLLM takes for itself", 0.3, type=bounded(float, 0.01, 1))
+    add("vllm_sleep", "give vLLM's memory to training while it does not sample", False, **switch)
+    add("sampling_min_tokens", "no response ends before; 0: off", 4, type=count)
+    add("sampling_max_tokens", "responses are cut after so many tokens", type=positive)
+    add("eval_temperature", "0: greedy", 1.0, type=real)
+    add("validation_size", "problems to evaluate on, always the same ones; 0: all", type=count)
+
+    add = group("evaluation only", "eval")
+    add("eval_samples", "responses per problem, for pass@k", 1, type=positive)
+    add("question", "answer this question, print the answer and stop")
+
+    add = group("training", "sft", "ei", "grpo")
+    add("learning_rate", "of AdamW", type=real)
+    add("lr_schedule", "linear: down to zero over the run", choices=("constant", "linear"))
+    add("weight_decay", "of AdamW; 0: off", 0.0, type=real)
+    add("gradient_clip_value", "bound on the gradient's norm; inf: off", 1.0, type=bounded(float, 1e-9))
+    add("train_batch_size", "sequences per optimizer update", type=positive)
+    add("tokens_per_microbatch", "that go through the model at a time, prompts included; fewer take less memory for the same update", type=positive)
+    add("gradient_accumulation_steps", "microbatches to split a train batch into instead (CS336: GRPO 128, SFT 32); 0: off", 0, type=count)
+    add("validation_frequency", "steps between validations; 0: first and last step only", type=count)
+    add("save_frequency", "steps between checkpoints; 0: the final model only", type=count)
+    add("keep_checkpoints", "only the newest so many; 0: all", 0, type=count)
+    add("resume", "go on from the newest checkpoint in output_dir, with that run's settings where no flag says otherwise", False, **switch)
+    add("wandb_project", "log to this Weights & Biases project as well")
+
+    add = group("supervised data", "sft")
+    add("sft_data", "JSON lines of reasoning traces")
+    add("n_sft_examples", "use so many traces, drawn at random; 0: all", 0, type=count)
+    add("max_length", "traces longer than this, prompt included, are dropped (tokens)", type=positive)
+
+    add = group("supervised updates", "sft", "ei")
+    add("sft_epochs", "passes over the traces (ei: over each step's correct samples)", type=positive)
+
+    add = group("sampling for training", "ei", "grpo")
+    add("train_data", "JSON lines of problems to sample on")
+    add("sampling_temperature", "1: sample from the policy itself", 1.0, type=bounded(float, 1e-3))
+
+    add = group("expert iteration", "ei")
+    add("n_ei_steps", "rounds of sample, filter, fine-tune", type=positive)
+    add("ei_batch_size", "problems per round", type=positive)
+    add("num_rollouts", "responses per problem", 4, type=positive)
+
+    add = group("GRPO", "grpo")
+    add("n_grpo_steps", "rollout batches", type=positive)
+    add("rollout_batch_size", "N, responses per step", type=positive)
+    add("group_size", "G, responses per problem", 8, type=positive)
+    add("epochs_per_rollout_batch", "passes over each rollout batch; above 1: off-policy", 1, type=positive)
+    add("loss_type", "see section 7", "reinforce_with_baseline", choices=LOSS_TYPES)
+    add("cliprange", "ε of grpo_clip", 0.2, type=real)
+    add("use_std_normalization", "divide a group's advantages by its standard deviation; false: as [DrGRPO]", True, **switch)
+    add("advantage_eps", "added to that standard deviation", 1e-6, type=real)
+    add("is_correction", "bound on a token's weight π_old / π_sampler, which corrects for other numerics; 2 is usual, 0: off", 0.0, type=real)
+    add("length_normalization", "divide a response's loss by its own length, or by sampling_max_tokens as [DrGRPO]", "masked_mean",
+        choices=("masked_mean", "masked_normalize"))
+    return parser, users, defaults
 
 
-def read_settings(args):
-    """The settings of the run that is to be resumed; {} where it was stopped before it wrote any."""
-    path = Path(args.output_dir or OUTPUT_DIRS[args.algo], "args.json")
-    if not path.exists():
-        return {}
+def read_settings(folder):
+    """The settings of the run that a folder holds; {} where it was stopped before it wrote any."""
+    path = Path(folder, "args.json")
     try:
-        settings = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
         raise UserError(f"{path} cannot be read, so that the run cannot be resumed: {reason(error)}") from error
-    if settings.get("algo") != args.algo:
-        raise UserError(f"{path.parent} holds a run of --algo {settings.get('algo')}, which --algo {args.algo} cannot resume")
-    return {flag: value for flag, value in settings.items() if flag not in ("resume", "overwrite")}
 
 
 def parse_args(argv):
     """The run's settings. Raises UserError for a flag that is wrong, that contradicts another or that the run would not use."""
-    parser, users = build_parser()
+    parser, users, defaults = build_parser()
 
     def complain(message):
-        unknown = re.search(r"unrecognized arguments: --(\w+)", message)
-        near = difflib.get_close_matches(unknown[1], users, n=1) if unknown else []
-        raise UserError(message + (f" (did you mean --{near[0]}?)" if near else ""))
+        raise UserError(message)
 
     parser.error = complain
-    argv = list(argv)
-    for i, word in enumerate(argv):         # --group-size=4 means --group_size=4
-        name, equals, value = word.partition("=")
-        if name.startswith("--") and name[2:].replace("-", "_") in users:
-            argv[i] = "--" + name[2:].replace("-", "_") + equals + value
-    # argparse fills in a default only where the namespace has no such attribute, so None marks what was not typed.
-    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(users)))
-    typed = {flag for flag in users if getattr(args, flag) is not None}
-    if args.plot or args.compare:
-        args.seeds, args.target = (getattr(args, flag) if flag in typed else parser.get_default(flag) for flag in ("seeds", "target"))
-        return args
-    if args.algo is None:
+    # --group-size=4 means --group_size=4
+    argv = [re.sub(r"^--[\w-]+(?==|$)", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]
+    typed = vars(parser.parse_args(argv))
+    if "plot" in typed or typed.get("compare"):
+        return argparse.Namespace(**defaults | typed)
+    if "algo" not in typed:
         raise UserError("say what to run: --algo eval, sft, ei or grpo")
+    algo, cuda = typed["algo"], torch.cuda.is_available()
     for flag in sorted(typed):
-        if args.algo not in users[flag]:
-            raise UserError(f"--{flag} is not used by --algo {args.algo} (it is for {', '.join(users[flag])})")
+        if algo not in users[flag]:
+            raise UserError(f"--{flag} is not used by --algo {algo} (it is for {', '.join(users[flag])})")
 
-    settings = read_settings(args) if args.resume else {}
-    requested = args.preset or settings.get("preset", "auto")
-    args.preset = requested if requested != "auto" else "math" if torch.cuda.is_available() else "tiny"
-    preset = PRESETS[args.preset] | PRESETS[args.preset][args.algo] | settings
-    for flag in users:
-        if args.algo not in users[flag]:
-            delattr(args, flag)
-        elif flag not in typed and flag != "preset":
-            setattr(args, flag, preset.get(flag, parser.get_default(flag)))
-    if requested == "auto":
-        print(f"preset {args.preset}: {'a GPU is' if torch.cuda.is_available() else 'no GPU'} here (--preset chooses)")
-    args.output_dir = args.output_dir or OUTPUT_DIRS[args.algo]
-    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    output_dir = typed.get("output_dir", OUTPUT_DIRS[algo])
+    before = read_settings(output_dir) if typed.get("resume") else {}
+    if before.get("algo", algo) != algo:
+        raise UserError(f"{output_dir} holds a run of --algo {before['algo']}, which --algo {algo} cannot resume")
+    preset = typed.get("preset", before.get("preset", "auto"))
+    if preset == "auto":
+        preset = "math" if cuda else "tiny"
+        print(f"preset {preset}: {'a GPU is' if cuda else 'no GPU'} here (--preset chooses)")
+    values = defaults | PRESETS[preset] | PRESETS[preset][algo] | before | {"overwrite": False} | typed | {"preset": preset, "output_dir": output_dir}
+    args = argparse.Namespace(**{flag: values[flag] for flag in users if algo in users[flag]}, device="cuda" if cuda else "cpu")
     if args.dtype == "auto":
-        args.dtype = "bfloat16" if args.device == "cuda" else "float32"
+        args.dtype = "bfloat16" if cuda else "float32"
 
-    def require(condition, message):
-        if not condition:
-            raise UserError(message)
-
-    require(args.sampling_min_tokens <= args.sampling_max_tokens,
-            f"--sampling_min_tokens {args.sampling_min_tokens} is above --sampling_max_tokens {args.sampling_max_tokens}")
-    if args.algo != "eval":
-        require(not (args.resume and args.overwrite), "--resume goes on with a run, --overwrite removes it: one of the two")
-        require(not args.gradient_accumulation_steps or args.train_batch_size % args.gradient_accumulation_steps == 0,
-                f"--gradient_accumulation_steps {args.gradient_accumulation_steps} does not divide --train_batch_size {args.train_batch_size}")
-    vllm = args.sampler == "vllm" or (args.sampler == "auto" and args.device == "cuda")
-    useful = [("seeds", False, "--compare"), ("target", False, "--compare"), ("gpu_memory_utilization", vllm, "--sampler vllm"),
-              ("vllm_sleep", vllm, "--sampler vllm"), ("sampler_batch_size", args.sampler != "vllm", "--sampler torch")]
-    if args.algo != "eval":
-        useful += [("tokens_per_microbatch", not args.gradient_accumulation_steps, "--gradient_accumulation_steps 0")]
-    if args.algo == "grpo":
-        require(args.rollout_batch_size % args.group_size == 0,
-                f"--group_size {args.group_size} does not divide --rollout_batch_size {args.rollout_batch_size}")
-        require(args.rollout_batch_size % args.train_batch_size == 0,
-                f"--train_batch_size {args.train_batch_size} does not divide --rollout_batch_size {args.rollout_batch_size}")
-        require(args.loss_type == "no_baseline" or args.group_size > 1, "--group_size 1 leaves no group to compare with: every advantage is 0")
-        baseline = args.loss_type != "no_baseline"
-        useful += [("cliprange", args.loss_type == "grpo_clip", "--loss_type grpo_clip"), ("use_std_normalization", baseline, "a loss with a baseline"),
-                   ("advantage_eps", baseline and args.use_std_normalization, "--use_std_normalization")]
-    for flag, is_useful, where in useful:
-        require(is_useful or flag not in typed, f"--{flag} is only used with {where}")
+    vllm = args.sampler == "vllm" or (args.sampler == "auto" and cuda)
+    baseline = values["loss_type"] != "no_baseline"
+    for flag, is_used, where in (("seeds", "compare" in typed, "with --compare"), ("target", "compare" in typed, "with --compare"),
+                                 ("overwrite", not values["resume"], "without --resume"), ("gpu_memory_utilization", vllm, "with --sampler vllm"),
+                                 ("vllm_sleep", vllm, "with --sampler vllm"), ("sampler_batch_size", args.sampler != "vllm", "with --sampler torch"),
+                                 ("tokens_per_microbatch", not values["gradient_accumulation_steps"], "with --gradient_accumulation_steps 0"),
+                                 ("cliprange", values["loss_type"] == "grpo_clip", "with --loss_type grpo_clip"),
+                                 ("use_std_normalization", baseline, "with a loss with a baseline"),
+                                 ("advantage_eps", baseline and values["use_std_normalization"], "with --use_std_normalization")):
+        if flag in typed and not is_used:
+            raise UserError(f"--{flag} is only used {where}")
+    for whole, part in (("train_batch_size", "gradient_accumulation_steps"), ("rollout_batch_size", "group_size"),
+                        ("rollout_batch_size", "train_batch_size")):
+        if algo in users[whole] and algo in users[part] and values[part] and values[whole] % values[part]:
+            raise UserError(f"--{part} {values[part]} does not divide --{whole} {values[whole]}")
+    if args.sampling_min_tokens > args.sampling_max_tokens:
+        raise UserError(f"--sampling_min_tokens {args.sampling_min_tokens} is above --sampling_max_tokens {args.sampling_max_tokens}")
+    if baseline and "group_size" in args and args.group_size == 1:
+        raise UserError("--group_size 1 leaves no group to compare with: every advantage is 0")
     return args
 
 
