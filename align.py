@@ -1477,20 +1477,20 @@ def log_step(args, record, last_step):
         import wandb
         wandb.log(record, step=record["step"])
 
-    def show(names, form, scale=1.0):
+    def show(names, form):
         value = lookup(record, (names,) if isinstance(names, str) else names)
-        return format("-" if value is None else format(value * scale, form), f">{len(format(0.0, form))}")
+        return format("-" if value is None else format(value, form), f">{len(format(0.0, form))}")
 
     head = f"{record['step']:4d}/{last_step}"
     if "time_training" in record:
         print(f"step {head} | reward {show(REWARD, '.3f')} fmt {show('train_reward_format', '.3f')} | loss {show(LOSS, '+.4f')} | "
-              f"ent {show('token_entropy', '.3f')} clip {show('clip_fraction', '.1f', 100)}% | len {show('response_length', '5.1f')} "
-              f"trunc {show('truncated_fraction', '3.0f', 100)}% | gnorm {show('grad_norm', '.2f')} | lr {show(LEARNING_RATE, '.1e')} | "
+              f"ent {show('token_entropy', '.3f')} clip {show('clip_fraction', '.1%')} | len {show('response_length', '5.1f')} "
+              f"trunc {show('truncated_fraction', '4.0%')} | gnorm {show('grad_norm', '.2f')} | lr {show(LEARNING_RATE, '.1e')} | "
               f"{show('time', '.1f')}s (gen {show('time_sampling', '.1f')}s)", flush=True)
     if lookup(record, ACCURACY) is not None:
         print(f"eval {head} | acc {show(ACCURACY, '.3f')} ±{show('eval_stderr', '.3f')} (n={record['eval_problems']}) fmt {show(FORMAT, '.3f')} "
               f"lenient {show('eval_lenient_accuracy', '.3f')} | len {show('eval_response_length', '5.1f')} "
-              f"trunc {show('eval_truncated_fraction', '3.0f', 100)}%", flush=True)
+              f"trunc {show('eval_truncated_fraction', '4.0%')}", flush=True)
 
 
 def read_metrics(folder):
@@ -1508,39 +1508,33 @@ def plot_runs(runs, path, against="step"):
 
     runs: {label: folders}. Of several folders, seeds of one thing, it draws the mean ± one standard deviation. against: "step" or "seconds".
     """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    panels = [("validation accuracy (±1 standard error or, of several seeds, standard deviation)", ACCURACY), ("training reward", REWARD),
-              ("token entropy (nats)", ("token_entropy",)), ("response length (tokens)", ("response_length", "eval_response_length"))]
-    figure, axes = plt.subplots(len(panels), 1, figsize=(7, 9), sharex=True, layout="constrained")
-    for label, folders in runs.items():
-        records = [record for folder in folders for record in read_metrics(folder)]
-        for axis, (title, names) in zip(axes, panels):
-            steps = sorted({record["step"] for record in records if lookup(record, names) is not None})
-            at_step = [[record for record in records if record["step"] == step] for step in steps]
-            means = [statistics.fmean(lookup(record, names) for record in some) for some in at_step]
+    panels = {"validation accuracy (±1 standard error or, of several seeds, standard deviation)": ACCURACY, "training reward": REWARD,
+              "token entropy (nats)": ("token_entropy",), "response length (tokens)": ("response_length", "eval_response_length")}
+    figure = Figure(figsize=(7, 9), layout="constrained")
+    axes = figure.subplots(len(panels), sharex=True)
+    for axis, (title, names) in zip(axes, panels.items()):
+        for label, folders in runs.items():
+            records = [record for folder in folders for record in read_metrics(folder) if lookup(record, names) is not None]
+            at_step = [[record for record in records if record["step"] == step] for step in sorted({record["step"] for record in records})]
+            values = [[lookup(record, names) for record in some] for some in at_step]
+            means = [statistics.fmean(some) for some in values]
+            errors = [statistics.stdev(some) if len(some) > 1 else 0 for some in values]
             places = [statistics.fmean(record[against] for record in some) for some in at_step]
-            [line] = axis.plot(places, means, marker="o" if len(steps) < 30 else None, markersize=3, label=label)
+            [line] = axis.plot(places, means, marker="o" if len(places) < 30 else None, markersize=3, label=label)
             if names is ACCURACY and len(folders) == 1:
-                errors = [record["eval_stderr"] for [record] in at_step]
-                formats = [lookup(record, FORMAT) for [record] in at_step]
-                axis.plot(places, formats, linestyle="--", color=line.get_color(), linewidth=1, label=f"{label}, format")
-            else:
-                errors = [statistics.stdev(lookup(record, names) for record in some) if len(some) > 1 else 0 for some in at_step]
+                errors = [record["eval_stderr"] for record in records]
+                axis.plot(places, [lookup(record, FORMAT) for record in records], color=line.get_color(), linestyle="--", linewidth=1,
+                          label=f"{label}, format")
             axis.fill_between(places, [m - e for m, e in zip(means, errors)], [m + e for m, e in zip(means, errors)], alpha=0.2)
-            axis.set_title(title, fontsize=9, loc="left")
-    for axis, (_, names) in zip(axes, panels):
+        axis.set_title(title, fontsize=9, loc="left")
         axis.grid(alpha=0.3)
-        if names is ACCURACY or names is REWARD:
+        if names in (ACCURACY, REWARD):
             axis.set_ylim(0, 1.02)
     axes[0].legend(fontsize=8)
     axes[-1].set_xlabel(against)
-    partial = f"{path}.partial.png"
-    figure.savefig(partial, dpi=110)
-    plt.close(figure)
-    os.replace(partial, path)
+    figure.savefig(path, dpi=110)
 
 
 def sha256(path):
@@ -2280,11 +2274,10 @@ def run_eval(args):
     if rank() > 0:
         return
     Path(args.output_dir, "baseline_results_summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    counts = summary["categories"]
-    print(f"accuracy {summary['accuracy']:.3f} ±{summary['accuracy_stderr']:.3f} (n={summary['problems']}), right answer in any format "
-          f"{summary['lenient_accuracy']:.3f}, format {summary['format_reward']:.3f}, length {summary['response_length']:.1f} tokens, "
-          f"cut off {summary['truncated_fraction']:.1%}")
-    print(f"format and answer right: {counts['format_and_answer']}   format only: {counts['format_only']}   neither: {counts['neither']}")
+    print("accuracy {accuracy:.3f} ±{accuracy_stderr:.3f} (n={problems}), right answer in any format {lenient_accuracy:.3f}, "
+          "format {format_reward:.3f}, length {response_length:.1f} tokens, cut off {truncated_fraction:.1%}\n"
+          "format and answer right: {categories[format_and_answer]}   format only: {categories[format_only]}   "
+          "neither: {categories[neither]}".format(**summary))
     print("   ".join(f"pass@{k} {value:.3f}" for k, value in summary["pass_at_k"].items()))
     print(f"{args.output_dir}/baseline_results_summary.json, samples.jsonl")
 
@@ -2292,58 +2285,55 @@ def run_eval(args):
 ALGORITHMS = {"eval": run_eval, "sft": train_sft, "ei": train_expert_iteration, "grpo": train_grpo}
 
 
-def table_row(folders, target):
-    """What came of some runs, as the cells of a row of compare's table: mean ± standard deviation over the runs."""
-    def cell(values, form):
-        values = [value for value in values if value is not None and math.isfinite(value)]
-        spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-        share = f" ({len(values)} of {len(folders)})" if len(values) < len(folders) else ""
-        return f"{statistics.fmean(values):{form}}{spread}{share}" if values else "–"
+def outcome(folder, target):
+    """What came of a run: the values of the columns of compare's table, None or nan where there is no such value."""
+    records = read_metrics(folder)
+    end, reached = records[-1], next((record for record in records if (lookup(record, ACCURACY) or 0) >= target), {})
+    norms = [record["grad_norm"] for record in records if record.get("grad_norm") is not None]
+    return [100 * lookup(end, ACCURACY), 100 * lookup(end, FORMAT), reached.get("step"), reached.get("seconds"), end["seconds"],
+            end["sampled_tokens"] / 1e3, end.get("token_entropy"), end["eval_response_length"], statistics.fmean(norms or [math.nan])]
 
-    runs = [read_metrics(folder) for folder in folders]
-    ends = [[record for record in run if lookup(record, ACCURACY) is not None][-1] for run in runs]
-    reached = [next((i for i, record in enumerate(run) if (lookup(record, ACCURACY) or 0) >= target), None) for run in runs]
-    return [cell([100 * lookup(end, ACCURACY) for end in ends], ".1f"), cell([100 * lookup(end, FORMAT) for end in ends], ".1f"),
-            *(cell([None if i is None else run[i][key] for i, run in zip(reached, runs)], ".0f") for key in ("step", "seconds")),
-            cell([end["seconds"] for end in ends], ".0f"), cell([end["sampled_tokens"] / 1e3 for end in ends], ".0f"),
-            cell([run[-1].get("token_entropy") for run in runs], ".3f"), cell([end["eval_response_length"] for end in ends], ".1f"),
-            cell([statistics.fmean([r["grad_norm"] for r in run if r.get("grad_norm") is not None] or [math.nan]) for run in runs], ".2f")]
+
+def cell(values, form):
+    """A cell of that table: mean ± standard deviation of the values that there are, and of how many runs they are."""
+    there = [value for value in values if value is not None and math.isfinite(value)]
+    spread = f" ± {statistics.stdev(there):{form}}" if len(there) > 1 else ""
+    share = f" ({len(there)} of {len(values)})" if len(there) < len(values) else ""
+    return f"{statistics.fmean(there):{form}}{spread}{share}" if there else "–"
 
 
 def compare(args, argv):
     """Runs every variant of --compare with every seed, as main would, and rank 0 writes compare.png and compare.md."""
-    others = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--compare", "--seeds", "--target", "--output_dir"):
-        others.add_argument(flag)
-    rest, folder = others.parse_known_args(argv)[1], Path(args.output_dir or "compare_output")
-    flag, equals, values = args.compare.partition("=")
-    if not equals or not values:
+    folder, (flag, _, values) = Path(args.output_dir or "compare_output"), args.compare.partition("=")
+    if not values:
         raise UserError(f"--compare {args.compare} should be FLAG=A,B,…")
-    variants = {}
-    for value in values.split(","):             # all of them, before the first one runs
+    variants = {f"{flag}={value}": [] for value in values.split(",")}
+    for label, runs in variants.items():            # all of them are checked before the first one runs
         for seed in range(args.seeds):
-            output_dir = folder / f"{flag}={value}".replace("/", "_") / f"seed{seed}"
+            output_dir = folder / label.replace("/", "_") / f"seed{seed}"
             with contextlib.redirect_stdout(None):
-                run = parse_args([*rest, f"--{flag}={value}", "--seed", str(seed), "--output_dir", str(output_dir)])
+                run = parse_args([*argv, "--compare=", f"--{label}", f"--seed={seed}", f"--output_dir={output_dir}"])
             if run.algo == "eval" or run.overwrite:
                 raise UserError("--compare compares training runs, --algo sft, ei or grpo, and goes on with those that are there: no --overwrite")
             run.resume = True
-            for key, before in read_settings(run).items():
-                if key != "output_dir" and vars(run).get(key) != before:
+            for key, before in read_settings(output_dir).items():
+                if key not in ("output_dir", "compare", "seeds", "target") and vars(run).get(key) != before:
                     raise UserError(f"{output_dir} holds a run with --{key} {before}, not {vars(run).get(key)}; choose another --output_dir")
-            variants.setdefault(f"{flag}={value}", []).append(run)
-    for runs in variants.values():
-        for run in runs:
-            print(f"--- {run.output_dir}", flush=True)
-            with one_sentence("align.py"):          # which gives the signals their handlers back
-                ALGORITHMS[run.algo](run)
+            runs.append(run)
+    for run in sum(variants.values(), []):
+        print(f"--- {run.output_dir}", flush=True)
+        with one_sentence("align.py"):          # which gives the signals their handlers back
+            ALGORITHMS[run.algo](run)
     if rank() > 0:
         return
     folders = {label: [run.output_dir for run in runs] for label, runs in variants.items()}
     plot_runs(folders, folder / "compare.png", against="seconds" if flag == "algo" else "step")       # a step of theirs is not one thing
-    header = ["", "accuracy %", "in the format %", f"steps to {args.target:.0%}", f"seconds to {args.target:.0%}", "seconds",
-              "sampled tokens, thousands", "entropy at the end", "length at the end", "gradient norm"]
-    rows = [header, ["---"] * len(header), *([label, *table_row(runs, args.target)] for label, runs in folders.items())]
+    columns = {"accuracy %": ".1f", "in the format %": ".1f", f"steps to {args.target:.0%}": ".0f", f"seconds to {args.target:.0%}": ".0f",
+               "seconds": ".0f", "sampled tokens, thousands": ".0f", "entropy at the end": ".3f", "length at the end": ".1f", "gradient norm": ".2f"}
+    rows = [["", *columns], ["---"] * (len(columns) + 1)]
+    for label in folders:
+        outcomes = zip(*(outcome(each, args.target) for each in folders[label]))       # a tuple of the runs' values for each column
+        rows.append([label, *map(cell, outcomes, columns.values())])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     Path(folder, "compare.md").write_text(f"`python align.py {' '.join(argv)}`\n\n{table}\n", encoding="utf-8")
     print(f"{table}\n{folder}/compare.png, compare.md")
