@@ -345,14 +345,14 @@ def parse_args(argv):
             raise UserError(f"--{flag} is not used by --algo {algo} (it is for {', '.join(users[flag])})")
 
     output_dir = typed.get("output_dir", OUTPUT_DIRS[algo])
-    before = read_settings(output_dir) if typed.get("resume") else {}
+    before = read_settings(output_dir) | {"overwrite": False} if typed.get("resume") else {}
     if before.get("algo", algo) != algo:
         raise UserError(f"{output_dir} holds a run of --algo {before['algo']}, which --algo {algo} cannot resume")
     preset = typed.get("preset", before.get("preset", "auto"))
     if preset == "auto":
         preset = "math" if cuda else "tiny"
         print(f"preset {preset}: {'a GPU is' if cuda else 'no GPU'} here (--preset chooses)")
-    values = defaults | PRESETS[preset] | PRESETS[preset][algo] | before | {"overwrite": False} | typed | {"preset": preset, "output_dir": output_dir}
+    values = defaults | PRESETS[preset] | PRESETS[preset][algo] | before | typed | {"preset": preset, "output_dir": output_dir}
     args = argparse.Namespace(**{flag: values[flag] for flag in users if algo in users[flag]}, device="cuda" if cuda else "cpu")
     if args.dtype == "auto":
         args.dtype = "bfloat16" if cuda else "float32"
@@ -2311,7 +2311,7 @@ def compare(args, argv):
     for label, runs in variants.items():            # all of them are checked before the first one runs
         for seed in range(args.seeds):
             output_dir = folder / label.replace("/", "_") / f"seed{seed}"
-            with contextlib.redirect_stdout(None):
+            with contextlib.redirect_stdout(None):      # of a flag given twice the last one counts, so this is a run, not a comparison
                 run = parse_args([*argv, "--compare=", f"--{label}", f"--seed={seed}", f"--output_dir={output_dir}"])
             if run.algo == "eval" or run.overwrite:
                 raise UserError("--compare compares training runs, --algo sft, ei or grpo, and goes on with those that are there: no --overwrite")
@@ -2320,10 +2320,11 @@ def compare(args, argv):
                 if key not in ("output_dir", "compare", "seeds", "target") and vars(run).get(key) != before:
                     raise UserError(f"{output_dir} holds a run with --{key} {before}, not {vars(run).get(key)}; choose another --output_dir")
             runs.append(run)
-    for run in sum(variants.values(), []):
-        print(f"--- {run.output_dir}", flush=True)
-        with one_sentence("align.py"):          # which gives the signals their handlers back
-            ALGORITHMS[run.algo](run)
+    for runs in variants.values():
+        for run in runs:
+            print(f"--- {run.output_dir}", flush=True)
+            with one_sentence("align.py"):          # which gives the signals their handlers back
+                ALGORITHMS[run.algo](run)
     if rank() > 0:
         return
     folders = {label: [run.output_dir for run in runs] for label, runs in variants.items()}
