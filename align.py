@@ -32,7 +32,6 @@ import copy
 import ctypes
 import dataclasses
 import datetime
-import difflib
 import functools
 import hashlib
 import importlib.util
@@ -47,12 +46,10 @@ import random
 import re
 import shutil
 import signal
-import ssl
 import statistics
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from fractions import Fraction
 from pathlib import Path
@@ -132,19 +129,6 @@ def leave_ranks(code=0):
         os._exit(code)
 
 
-# What goes wrong ends the program with one sentence, not with a traceback.
-
-
-def fail(program, message, code):
-    """Ends the program with one sentence. Of several ranks rank 0 speaks; what another one has to say is heard where rank 0 lives on."""
-    if int(os.environ.get("RANK", 0)) > 0:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)       # which torchrun sends as soon as a rank has ended
-        time.sleep(2)
-    sys.stdout.flush()
-    print(f"{program}: {message}", file=sys.stderr, flush=True)
-    sys.exit(code) if world_size() == 1 else os._exit(code)       # at once: the others may wait for this one for ever
-
-
 def out_of_memory(error):
     """Is this exception PyTorch's way to say so? (On a CPU it is a plain RuntimeError.)"""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -152,38 +136,42 @@ def out_of_memory(error):
 
 @contextlib.contextmanager
 def one_sentence(program):
-    """What goes wrong inside and is not the program's own fault ends it with one sentence on stderr and an exit code."""
+    """What goes wrong inside and is not the program's own fault ends it with one sentence on stderr and an exit code, not with a traceback."""
     handlers = [(signum, signal.getsignal(signum)) for signum in (signal.SIGINT, signal.SIGTERM)]       # stop_on_signals changes them
     try:
         yield
+        return
     except UserError as error:
-        fail(program, error, 2)
+        message, code = str(error), 2
     except OSError as error:                    # no space, no permission, a folder that vanished
-        fail(program, f"{error}; what was saved before is intact", 2)
+        message, code = f"{error}; what was saved before is intact", 2
     except RuntimeError as error:
         if out_of_memory(error):
-            fail(program, "out of memory; --tokens_per_microbatch bounds training, --sampler_batch_size and --gpu_memory_utilization bound sampling; "
-                          "what was saved before is intact", 2)
-        if not re.search(r"gloo|NCCL|TCPStore", str(error)):
+            message, code = ("out of memory; --tokens_per_microbatch bounds training, --sampler_batch_size and --gpu_memory_utilization bound "
+                             "sampling; what was saved before is intact"), 2
+        elif re.search(r"gloo|NCCL|TCPStore", str(error)):
+            message, code = f"another rank is gone ({reason(error)}); what was saved before is intact", 1
+        else:
             raise
-        fail(program, f"another rank is gone ({reason(error)}); what was saved before is intact", 1)
     except KeyboardInterrupt:
-        fail(program, "interrupted; what was saved before is intact", 130)
+        message, code = "interrupted; what was saved before is intact", 130
     finally:
         for handler in handlers:
             signal.signal(*handler)
+    if int(os.environ.get("RANK", 0)) > 0:      # rank 0 speaks for all; what another one has to say is heard where rank 0 lives on
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)       # which torchrun sends as soon as a rank has ended
+        time.sleep(2)
+    sys.stdout.flush()
+    print(f"{program}: {message}", file=sys.stderr, flush=True)
+    sys.exit(code) if world_size() == 1 else os._exit(code)       # at once: the others may wait for this one for ever
 
 
 def use_hub_or_cache():
     """Where the Hugging Face hub does not answer, its client is set to use the cache alone, instead of trying again for a minute."""
     try:
         urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=5).close()
-    except urllib.error.HTTPError:      # an answer of a kind
-        pass
-    except OSError as error:            # but for certificates that this Python has not: the hub's client brings its own
-        huggingface_hub.constants.HF_HUB_OFFLINE = not isinstance(getattr(error, "reason", None), ssl.SSLError)
-    except ValueError as error:
-        raise UserError(f"HF_ENDPOINT {huggingface_hub.constants.ENDPOINT}: {reason(error)}") from error
+    except (OSError, ValueError) as error:      # an HTTP error is an answer, too; certificates that this Python has not the hub's client brings
+        huggingface_hub.constants.HF_HUB_OFFLINE |= not re.search("HTTP Error|SSL", str(error))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -198,233 +186,198 @@ LOSS_TYPES = ("no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_cl
 PRESETS = {
     # 0.7M parameters, chains of one-digit sums; two CPU cores, minutes.
     "tiny": dict(
-        model="data/arithmetic/base_model", prompt="tiny", train_data="data/arithmetic/train.jsonl",
-        val_data="data/arithmetic/test.jsonl", sft_data="data/arithmetic/sft.jsonl",
-        sampling_max_tokens=64, validation_size=512, lr_schedule="linear", max_length=256, tokens_per_microbatch=4096,
+        model="data/arithmetic/base_model", prompt="tiny", train_data="data/arithmetic/train.jsonl", val_data="data/arithmetic/test.jsonl",
+        sft_data="data/arithmetic/sft.jsonl", sampling_max_tokens=64, validation_size=512, lr_schedule="linear", max_length=256,
+        tokens_per_microbatch=4096,
         eval=dict(validation_size=0),
         sft=dict(learning_rate=3e-4, train_batch_size=32, sft_epochs=16, validation_frequency=8, save_frequency=500),
-        ei=dict(learning_rate=3e-4, train_batch_size=64, n_ei_steps=8, ei_batch_size=256, num_rollouts=4, sft_epochs=2,
-                validation_frequency=1, save_frequency=4),
-        grpo=dict(learning_rate=6e-4, n_grpo_steps=50, rollout_batch_size=512, train_batch_size=512, group_size=8,
-                  validation_frequency=5, save_frequency=50),
+        ei=dict(learning_rate=3e-4, train_batch_size=64, n_ei_steps=8, ei_batch_size=256, sft_epochs=2, validation_frequency=1, save_frequency=4),
+        grpo=dict(learning_rate=6e-4, n_grpo_steps=50, rollout_batch_size=512, train_batch_size=512, validation_frequency=5, save_frequency=50),
     ),
     # Qwen2.5-Math-1.5B on MATH with the handout's hyperparameters; one 80 GB GPU, hours.
     "math": dict(
-        model="Qwen/Qwen2.5-Math-1.5B", prompt="r1_zero", train_data="data/MATH/train.jsonl",
-        val_data="data/MATH/test.jsonl", sft_data="data/MATH/sft.jsonl",
-        sampling_max_tokens=1024, validation_size=1024, lr_schedule="constant", max_length=2048, tokens_per_microbatch=2048,
+        model="Qwen/Qwen2.5-Math-1.5B", prompt="r1_zero", train_data="data/MATH/train.jsonl", val_data="data/MATH/test.jsonl",
+        sft_data="data/MATH/sft.jsonl", sampling_max_tokens=1024, validation_size=1024, lr_schedule="constant", max_length=2048,
+        tokens_per_microbatch=2048, learning_rate=1e-5,
         eval=dict(validation_size=0),
-        sft=dict(learning_rate=1e-5, train_batch_size=64, sft_epochs=3,
-                 validation_frequency=50, save_frequency=500),
-        ei=dict(learning_rate=1e-5, train_batch_size=64, n_ei_steps=5, ei_batch_size=1024,
-                num_rollouts=4, sft_epochs=1, validation_frequency=1, save_frequency=1),
-        grpo=dict(learning_rate=1e-5, n_grpo_steps=200, rollout_batch_size=256, train_batch_size=256, group_size=8,
-                  validation_frequency=10, save_frequency=50),
+        sft=dict(train_batch_size=64, sft_epochs=3, validation_frequency=50, save_frequency=500),
+        ei=dict(train_batch_size=64, n_ei_steps=5, ei_batch_size=1024, sft_epochs=1, validation_frequency=1, save_frequency=1),
+        grpo=dict(n_grpo_steps=200, rollout_batch_size=256, train_batch_size=256, validation_frequency=10, save_frequency=50),
     ),
 }
 
 
-def number(kind, low, high=math.inf):
+def bounded(kind, low, high=math.inf):
     """An argparse type: an int or a float between `low` and `high`."""
-    def parse(text):
+    def number(text):
         value = kind(text)
         if not low <= value <= high:        # false for nan, too
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}" if high < math.inf else f"{text} is below {low}")
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
-    parse.__name__ = kind.__name__          # argparse's "invalid int value" takes the name from here
-    return parse
+    return number
 
 
 def boolean(text):
     """An argparse type: true or false."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
+    return bool(("false", "true").index(text.lower()))      # a ValueError for any other word, which argparse reports
 
 
 def build_parser():
-    """(parser, {flag: the algorithms that use it}). Groups name the algorithms that a flag is for."""
-    parser = argparse.ArgumentParser(prog="align.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    users = {}
+    """(parser, {flag: the algorithms that use it}, {flag: its default}). The parser returns the flags that were typed, without defaults."""
+    parser = argparse.ArgumentParser(prog="align.py", description=__doc__.split("\n\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    users, defaults = {}, {}
 
     def group(title, *algos):
         section = parser.add_argument_group(f"{title} ({', '.join(algos)})")
-        users[section] = algos
-        return section
 
-    g = group("what to run", *ALGOS)
-    g.add_argument("--algo", choices=ALGOS, default=None, help="which of the four to run")
-    g.add_argument("--preset", choices=("auto", *PRESETS), default="auto", help="defaults for the rest; auto: math where there is CUDA, else tiny")
-    g.add_argument("--model", help="a Hugging Face id or a folder, such as sft_output/final_model")
-    g.add_argument("--prompt", help="a name in PROMPTS (section 2)")
-    g.add_argument("--val_data", help="JSON lines of problems to evaluate on")
-    g.add_argument("--output_dir", help="where the run writes; by default one folder per algorithm")
-    g.add_argument("--overwrite", type=boolean, nargs="?", const=True, default=False, help="replace the run that output_dir holds")
-    g.add_argument("--seed", type=int, default=0, help="of every random draw")
-    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                   help="of the matrix products (autocast; the weights stay float32); auto: bfloat16 on a GPU")
-    g.add_argument("--plot", nargs="+", metavar="DIR", help="draw these runs into one picture, compare.png, and stop")
-    g.add_argument("--compare", metavar="FLAG=A,B,…", help="run once with each value of the flag and each seed, the runs in folders of output_dir "
-                   "(compare_output), and put them into one picture and one table; finished runs are not run again")
-    g.add_argument("--seeds", type=number(int, 1), default=3, help="with --compare: runs of each variant, with seeds 0, 1, …")
-    g.add_argument("--target", type=number(float, 0, 1), default=0.8, help="with --compare: the accuracy whose time is measured")
-
-    g = group("sampling and evaluation", *ALGOS)
-    g.add_argument("--sampler", choices=("auto", "vllm", "torch"), default="auto", help="what generates the responses; auto: vllm on a GPU, else torch")
-    g.add_argument("--sampler_batch_size", type=number(int, 1), default=512, help="sequences that the torch sampler holds at a time")
-    g.add_argument("--gpu_memory_utilization", type=number(float, 0.01, 1), default=0.3, help="share of the GPU's memory that vLLM takes for itself")
-    g.add_argument("--vllm_sleep", type=boolean, nargs="?", const=True, default=False, help="give vLLM's memory to training while it does not sample")
-    g.add_argument("--sampling_min_tokens", type=number(int, 0), default=4, help="no response ends before; 0: off")
-    g.add_argument("--sampling_max_tokens", type=number(int, 1), help="responses are cut after so many tokens")
-    g.add_argument("--eval_temperature", type=number(float, 0), default=1.0, help="0: greedy")
-    g.add_argument("--validation_size", type=number(int, 0), help="problems to evaluate on, always the same ones; 0: all")
-
-    g = group("evaluation only", "eval")
-    g.add_argument("--eval_samples", type=number(int, 1), default=1, help="responses per problem, for pass@k")
-    g.add_argument("--question", help="answer this question, print the answer and stop")
-
-    g = group("training", "sft", "ei", "grpo")
-    g.add_argument("--learning_rate", type=number(float, 0), help="of AdamW")
-    g.add_argument("--lr_schedule", choices=("constant", "linear"), help="linear: down to zero over the run")
-    g.add_argument("--weight_decay", type=number(float, 0), default=0.0, help="of AdamW; 0: off")
-    g.add_argument("--gradient_clip_value", type=number(float, 1e-9), default=1.0, help="bound on the gradient's norm; inf: off")
-    g.add_argument("--train_batch_size", type=number(int, 1), help="sequences per optimizer update")
-    g.add_argument("--tokens_per_microbatch", type=number(int, 1), help="prompt and response tokens that go through the model at a time, of sequences of "
-                   "similar length; less takes less memory and makes the same update")
-    g.add_argument("--gradient_accumulation_steps", type=number(int, 0), default=0,
-                   help="split a train batch into so many equal microbatches instead (CS336: 128 for GRPO, 32 for SFT); 0: off")
-    g.add_argument("--validation_frequency", type=number(int, 0), help="steps between validations; 0: first and last step only")
-    g.add_argument("--save_frequency", type=number(int, 0), help="steps between checkpoints; 0: the final model only")
-    g.add_argument("--keep_checkpoints", type=number(int, 0), default=0, help="only the newest so many; 0: all")
-    g.add_argument("--resume", type=boolean, nargs="?", const=True, default=False,
-                   help="go on from the newest checkpoint in output_dir, with that run's settings where no flag says otherwise")
-    g.add_argument("--wandb_project", help="log to this Weights & Biases project as well")
-
-    g = group("supervised data", "sft")
-    g.add_argument("--sft_data", help="JSON lines of reasoning traces")
-    g.add_argument("--n_sft_examples", type=number(int, 0), default=0, help="use so many traces, drawn at random; 0: all")
-    g.add_argument("--max_length", type=number(int, 1), help="traces longer than this, prompt included, are dropped (tokens)")
-
-    g = group("supervised updates", "sft", "ei")
-    g.add_argument("--sft_epochs", type=number(int, 1), help="passes over the traces (ei: over each step's correct samples)")
-
-    g = group("sampling for training", "ei", "grpo")
-    g.add_argument("--train_data", help="JSON lines of problems to sample on")
-    g.add_argument("--sampling_temperature", type=number(float, 1e-3), default=1.0, help="1: sample from the policy itself")
-
-    g = group("expert iteration", "ei")
-    g.add_argument("--n_ei_steps", type=number(int, 1), help="rounds of sample, filter, fine-tune")
-    g.add_argument("--ei_batch_size", type=number(int, 1), help="problems per round")
-    g.add_argument("--num_rollouts", type=number(int, 1), help="responses per problem")
-
-    g = group("GRPO", "grpo")
-    g.add_argument("--n_grpo_steps", type=number(int, 1), help="rollout batches")
-    g.add_argument("--rollout_batch_size", type=number(int, 1), help="N, responses per step")
-    g.add_argument("--group_size", type=number(int, 1), help="G, responses per problem")
-    g.add_argument("--epochs_per_rollout_batch", type=number(int, 1), default=1, help="passes over each rollout batch; above 1: off-policy")
-    g.add_argument("--loss_type", choices=LOSS_TYPES, default="reinforce_with_baseline", help="see section 7")
-    g.add_argument("--cliprange", type=number(float, 0), default=0.2, help="ε of grpo_clip")
-    g.add_argument("--use_std_normalization", type=boolean, nargs="?", const=True, default=True,
-                   help="divide a group's advantages by its standard deviation; false: as [DrGRPO]")
-    g.add_argument("--advantage_eps", type=number(float, 0), default=1e-6, help="added to that standard deviation")
-    g.add_argument("--is_correction", type=number(float, 0), default=0.0, metavar="CAP",
-                   help="weigh each token by min(π_old / π_sampler, CAP), which corrects for a sampler of other numerics; 2 is usual, 0: off")
-    g.add_argument("--length_normalization", choices=("masked_mean", "masked_normalize"), default="masked_mean",
-                   help="divide a response's loss by its own length, or by sampling_max_tokens as [DrGRPO]")
-
-    users = {action.dest: algos for section, algos in users.items() for action in section._group_actions}
-    for action in parser._actions:          # say in --help what the presets put in
-        if action.dest in users:
+        def add(flag, help, default=None, **options):
+            users[flag], defaults[flag] = algos, default
+            help += f" (default: {default})" if default is not None else ""
             for name, preset in PRESETS.items():
-                values = {str(v) for v in [preset.get(action.dest), *(preset[a].get(action.dest) for a in ALGOS)] if v is not None}
-                action.help += f" [{name}: {' | '.join(sorted(values))}]" if values else ""
-            action.help += " (default: %(default)s)" if action.default is not None and "[tiny" not in action.help else ""
-    return parser, users
+                values = {str(entry[flag]) for entry in (preset, *map(preset.get, ALGOS)) if flag in entry}
+                help += f" [{name}: {' | '.join(sorted(values))}]" if values else ""
+            section.add_argument(f"--{flag}", help=help, **options)
+        return add
+
+    count, positive, real = bounded(int, 0), bounded(int, 1), bounded(float, 0)
+    switch = dict(type=boolean, nargs="?", const=True)
+    add = group("what to run", *ALGOS)
+    add("algo", "which of the four to run", choices=ALGOS)
+    add("preset", "defaults for the rest; auto: math where there is CUDA, else tiny", "auto", choices=("auto", *PRESETS))
+    add("model", "a Hugging Face id or a folder, such as sft_output/final_model")
+    add("prompt", "a name in PROMPTS (section 2)")
+    add("val_data", "JSON lines of problems to evaluate on")
+    add("output_dir", "where the run writes; by default one folder per algorithm")
+    add("overwrite", "replace the run that output_dir holds", False, **switch)
+    add("seed", "of every random draw", 0, type=int)
+    add("dtype", "of the matrix products (autocast over float32 weights); auto: bfloat16 on a GPU", "auto", choices=("auto", "float32", "bfloat16"))
+    add("plot", "draw these runs into one picture, compare.png, and stop", nargs="+", metavar="DIR")
+    add("compare", "run with each value of the flag and each seed, in folders of output_dir (compare_output), into one picture and one table; "
+        "finished runs are not run again", metavar="FLAG=A,B,…")
+    add("seeds", "with --compare: runs of each variant, with seeds 0, 1, …", 3, type=positive)
+    add("target", "with --compare: the accuracy whose time is measured", 0.8, type=bounded(float, 0, 1))
+
+    add = group("sampling and evaluation", *ALGOS)
+    add("sampler", "what generates the responses; auto: vllm on a GPU, else torch", "auto", choices=("auto", "vllm", "torch"))
+    add("sampler_batch_size", "sequences that the torch sampler holds at a time", 512, type=positive)
+    add("gpu_memory_utilization", "share of the GPU's memory that vLLM takes for itself", 0.3, type=bounded(float, 0.01, 1))
+    add("vllm_sleep", "give vLLM's memory to training while it does not sample", False, **switch)
+    add("sampling_min_tokens", "no response ends before; 0: off", 4, type=count)
+    add("sampling_max_tokens", "responses are cut after so many tokens", type=positive)
+    add("eval_temperature", "0: greedy", 1.0, type=real)
+    add("validation_size", "problems to evaluate on, always the same ones; 0: all", type=count)
+
+    add = group("evaluation only", "eval")
+    add("eval_samples", "responses per problem, for pass@k", 1, type=positive)
+    add("question", "answer this question, print the answer and stop")
+
+    add = group("training", "sft", "ei", "grpo")
+    add("learning_rate", "of AdamW", type=real)
+    add("lr_schedule", "linear: down to zero over the run", choices=("constant", "linear"))
+    add("weight_decay", "of AdamW; 0: off", 0.0, type=real)
+    add("gradient_clip_value", "bound on the gradient's norm; inf: off", 1.0, type=bounded(float, 1e-9))
+    add("train_batch_size", "sequences per optimizer update", type=positive)
+    add("tokens_per_microbatch", "that go through the model at a time, prompts included; fewer take less memory for the same update", type=positive)
+    add("gradient_accumulation_steps", "microbatches to split a train batch into instead (CS336: GRPO 128, SFT 32); 0: off", 0, type=count)
+    add("validation_frequency", "steps between validations; 0: first and last step only", type=count)
+    add("save_frequency", "steps between checkpoints; 0: the final model only", type=count)
+    add("keep_checkpoints", "only the newest so many; 0: all", 0, type=count)
+    add("resume", "go on from the newest checkpoint in output_dir, with that run's settings where no flag says otherwise", False, **switch)
+    add("wandb_project", "log to this Weights & Biases project as well")
+
+    add = group("supervised data", "sft")
+    add("sft_data", "JSON lines of reasoning traces")
+    add("n_sft_examples", "use so many traces, drawn at random; 0: all", 0, type=count)
+    add("max_length", "traces longer than this, prompt included, are dropped (tokens)", type=positive)
+
+    add = group("supervised updates", "sft", "ei")
+    add("sft_epochs", "passes over the traces (ei: over each step's correct samples)", type=positive)
+
+    add = group("sampling for training", "ei", "grpo")
+    add("train_data", "JSON lines of problems to sample on")
+    add("sampling_temperature", "1: sample from the policy itself", 1.0, type=bounded(float, 1e-3))
+
+    add = group("expert iteration", "ei")
+    add("n_ei_steps", "rounds of sample, filter, fine-tune", type=positive)
+    add("ei_batch_size", "problems per round", type=positive)
+    add("num_rollouts", "responses per problem", 4, type=positive)
+
+    add = group("GRPO", "grpo")
+    add("n_grpo_steps", "rollout batches", type=positive)
+    add("rollout_batch_size", "N, responses per step", type=positive)
+    add("group_size", "G, responses per problem", 8, type=positive)
+    add("epochs_per_rollout_batch", "passes over each rollout batch; above 1: off-policy", 1, type=positive)
+    add("loss_type", "see section 7", "reinforce_with_baseline", choices=LOSS_TYPES)
+    add("cliprange", "ε of grpo_clip", 0.2, type=real)
+    add("use_std_normalization", "divide a group's advantages by its standard deviation; false: as [DrGRPO]", True, **switch)
+    add("advantage_eps", "added to that standard deviation", 1e-6, type=real)
+    add("is_correction", "bound on a token's weight π_old / π_sampler, which corrects for other numerics; 2 is usual, 0: off", 0.0, type=real)
+    add("length_normalization", "divide a response's loss by its own length, or by sampling_max_tokens as [DrGRPO]", "masked_mean",
+        choices=("masked_mean", "masked_normalize"))
+    return parser, users, defaults
 
 
-def read_settings(args):
-    """The settings of the run that is to be resumed; {} where it was stopped before it wrote any."""
-    path = Path(args.output_dir or OUTPUT_DIRS[args.algo], "args.json")
-    if not path.exists():
-        return {}
+def read_settings(folder):
+    """The settings of the run that a folder holds; {} where it was stopped before it wrote any."""
+    path = Path(folder, "args.json")
     try:
-        settings = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
         raise UserError(f"{path} cannot be read, so that the run cannot be resumed: {reason(error)}") from error
-    if settings.get("algo") != args.algo:
-        raise UserError(f"{path.parent} holds a run of --algo {settings.get('algo')}, which --algo {args.algo} cannot resume")
-    return {flag: value for flag, value in settings.items() if flag not in ("resume", "overwrite")}
 
 
 def parse_args(argv):
     """The run's settings. Raises UserError for a flag that is wrong, that contradicts another or that the run would not use."""
-    parser, users = build_parser()
+    parser, users, defaults = build_parser()
 
     def complain(message):
-        unknown = re.search(r"unrecognized arguments: --(\w+)", message)
-        near = difflib.get_close_matches(unknown[1], users, n=1) if unknown else []
-        raise UserError(message + (f" (did you mean --{near[0]}?)" if near else ""))
+        raise UserError(message)
 
     parser.error = complain
-    argv = list(argv)
-    for i, word in enumerate(argv):         # --group-size=4 means --group_size=4
-        name, equals, value = word.partition("=")
-        if name.startswith("--") and name[2:].replace("-", "_") in users:
-            argv[i] = "--" + name[2:].replace("-", "_") + equals + value
-    # argparse fills in a default only where the namespace has no such attribute, so None marks what was not typed.
-    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(users)))
-    typed = {flag for flag in users if getattr(args, flag) is not None}
-    if args.plot or args.compare:
-        args.seeds, args.target = (getattr(args, flag) if flag in typed else parser.get_default(flag) for flag in ("seeds", "target"))
-        return args
-    if args.algo is None:
+    # --group-size=4 means --group_size=4
+    argv = [re.sub(r"^--[\w-]+(?==|$)", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]
+    typed = vars(parser.parse_args(argv))
+    if "plot" in typed or typed.get("compare"):
+        return argparse.Namespace(**defaults | typed)
+    if "algo" not in typed:
         raise UserError("say what to run: --algo eval, sft, ei or grpo")
+    algo, cuda = typed["algo"], torch.cuda.is_available()
     for flag in sorted(typed):
-        if args.algo not in users[flag]:
-            raise UserError(f"--{flag} is not used by --algo {args.algo} (it is for {', '.join(users[flag])})")
+        if algo not in users[flag]:
+            raise UserError(f"--{flag} is not used by --algo {algo} (it is for {', '.join(users[flag])})")
 
-    settings = read_settings(args) if args.resume else {}
-    requested = args.preset or settings.get("preset", "auto")
-    args.preset = requested if requested != "auto" else "math" if torch.cuda.is_available() else "tiny"
-    preset = PRESETS[args.preset] | PRESETS[args.preset][args.algo] | settings
-    for flag in users:
-        if args.algo not in users[flag]:
-            delattr(args, flag)
-        elif flag not in typed and flag != "preset":
-            setattr(args, flag, preset.get(flag, parser.get_default(flag)))
-    if requested == "auto":
-        print(f"preset {args.preset}: {'a GPU is' if torch.cuda.is_available() else 'no GPU'} here (--preset chooses)")
-    args.output_dir = args.output_dir or OUTPUT_DIRS[args.algo]
-    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    output_dir = typed.get("output_dir", OUTPUT_DIRS[algo])
+    before = read_settings(output_dir) | {"overwrite": False} if typed.get("resume") else {}
+    if before.get("algo", algo) != algo:
+        raise UserError(f"{output_dir} holds a run of --algo {before['algo']}, which --algo {algo} cannot resume")
+    preset = typed.get("preset", before.get("preset", "auto"))
+    if preset == "auto":
+        preset = "math" if cuda else "tiny"
+        print(f"preset {preset}: {'a GPU is' if cuda else 'no GPU'} here (--preset chooses)")
+    values = defaults | PRESETS[preset] | PRESETS[preset][algo] | before | typed | {"preset": preset, "output_dir": output_dir}
+    args = argparse.Namespace(**{flag: values[flag] for flag in users if algo in users[flag]}, device="cuda" if cuda else "cpu")
     if args.dtype == "auto":
-        args.dtype = "bfloat16" if args.device == "cuda" else "float32"
+        args.dtype = "bfloat16" if cuda else "float32"
 
-    def require(condition, message):
-        if not condition:
-            raise UserError(message)
-
-    require(args.sampling_min_tokens <= args.sampling_max_tokens,
-            f"--sampling_min_tokens {args.sampling_min_tokens} is above --sampling_max_tokens {args.sampling_max_tokens}")
-    if args.algo != "eval":
-        require(not (args.resume and args.overwrite), "--resume goes on with a run, --overwrite removes it: one of the two")
-        require(not args.gradient_accumulation_steps or args.train_batch_size % args.gradient_accumulation_steps == 0,
-                f"--gradient_accumulation_steps {args.gradient_accumulation_steps} does not divide --train_batch_size {args.train_batch_size}")
-    vllm = args.sampler == "vllm" or (args.sampler == "auto" and args.device == "cuda")
-    useful = [("seeds", False, "--compare"), ("target", False, "--compare"), ("gpu_memory_utilization", vllm, "--sampler vllm"),
-              ("vllm_sleep", vllm, "--sampler vllm"), ("sampler_batch_size", args.sampler != "vllm", "--sampler torch")]
-    if args.algo != "eval":
-        useful += [("tokens_per_microbatch", not args.gradient_accumulation_steps, "--gradient_accumulation_steps 0")]
-    if args.algo == "grpo":
-        require(args.rollout_batch_size % args.group_size == 0,
-                f"--group_size {args.group_size} does not divide --rollout_batch_size {args.rollout_batch_size}")
-        require(args.rollout_batch_size % args.train_batch_size == 0,
-                f"--train_batch_size {args.train_batch_size} does not divide --rollout_batch_size {args.rollout_batch_size}")
-        require(args.loss_type == "no_baseline" or args.group_size > 1, "--group_size 1 leaves no group to compare with: every advantage is 0")
-        baseline = args.loss_type != "no_baseline"
-        useful += [("cliprange", args.loss_type == "grpo_clip", "--loss_type grpo_clip"), ("use_std_normalization", baseline, "a loss with a baseline"),
-                   ("advantage_eps", baseline and args.use_std_normalization, "--use_std_normalization")]
-    for flag, is_useful, where in useful:
-        require(is_useful or flag not in typed, f"--{flag} is only used with {where}")
+    vllm = args.sampler == "vllm" or (args.sampler == "auto" and cuda)
+    baseline = values["loss_type"] != "no_baseline"
+    for flag, is_used, where in (("seeds", "compare" in typed, "with --compare"), ("target", "compare" in typed, "with --compare"),
+                                 ("overwrite", not values["resume"], "without --resume"), ("gpu_memory_utilization", vllm, "with --sampler vllm"),
+                                 ("vllm_sleep", vllm, "with --sampler vllm"), ("sampler_batch_size", args.sampler != "vllm", "with --sampler torch"),
+                                 ("tokens_per_microbatch", not values["gradient_accumulation_steps"], "with --gradient_accumulation_steps 0"),
+                                 ("cliprange", values["loss_type"] == "grpo_clip", "with --loss_type grpo_clip"),
+                                 ("use_std_normalization", baseline, "with a loss with a baseline"),
+                                 ("advantage_eps", baseline and values["use_std_normalization"], "with --use_std_normalization")):
+        if flag in typed and not is_used:
+            raise UserError(f"--{flag} is only used {where}")
+    for whole, part in (("train_batch_size", "gradient_accumulation_steps"), ("rollout_batch_size", "group_size"),
+                        ("rollout_batch_size", "train_batch_size")):
+        if algo in users[whole] and algo in users[part] and values[part] and values[whole] % values[part]:
+            raise UserError(f"--{part} {values[part]} does not divide --{whole} {values[whole]}")
+    if args.sampling_min_tokens > args.sampling_max_tokens:
+        raise UserError(f"--sampling_min_tokens {args.sampling_min_tokens} is above --sampling_max_tokens {args.sampling_max_tokens}")
+    if baseline and "group_size" in args and args.group_size == 1:
+        raise UserError("--group_size 1 leaves no group to compare with: every advantage is 0")
     return args
 
 
@@ -1479,20 +1432,20 @@ def log_step(args, record, last_step):
         import wandb
         wandb.log(record, step=record["step"])
 
-    def show(names, form, scale=1.0):
+    def show(names, form):
         value = lookup(record, (names,) if isinstance(names, str) else names)
-        return format("-" if value is None else format(value * scale, form), f">{len(format(0.0, form))}")
+        return format("-" if value is None else format(value, form), f">{len(format(0.0, form))}")
 
     head = f"{record['step']:4d}/{last_step}"
     if "time_training" in record:
         print(f"step {head} | reward {show(REWARD, '.3f')} fmt {show('train_reward_format', '.3f')} | loss {show(LOSS, '+.4f')} | "
-              f"ent {show('token_entropy', '.3f')} clip {show('clip_fraction', '.1f', 100)}% | len {show('response_length', '5.1f')} "
-              f"trunc {show('truncated_fraction', '3.0f', 100)}% | gnorm {show('grad_norm', '.2f')} | lr {show(LEARNING_RATE, '.1e')} | "
+              f"ent {show('token_entropy', '.3f')} clip {show('clip_fraction', '.1%')} | len {show('response_length', '5.1f')} "
+              f"trunc {show('truncated_fraction', '4.0%')} | gnorm {show('grad_norm', '.2f')} | lr {show(LEARNING_RATE, '.1e')} | "
               f"{show('time', '.1f')}s (gen {show('time_sampling', '.1f')}s)", flush=True)
     if lookup(record, ACCURACY) is not None:
         print(f"eval {head} | acc {show(ACCURACY, '.3f')} ±{show('eval_stderr', '.3f')} (n={record['eval_problems']}) fmt {show(FORMAT, '.3f')} "
               f"lenient {show('eval_lenient_accuracy', '.3f')} | len {show('eval_response_length', '5.1f')} "
-              f"trunc {show('eval_truncated_fraction', '3.0f', 100)}%", flush=True)
+              f"trunc {show('eval_truncated_fraction', '4.0%')}", flush=True)
 
 
 def read_metrics(folder):
@@ -1510,39 +1463,33 @@ def plot_runs(runs, path, against="step"):
 
     runs: {label: folders}. Of several folders, seeds of one thing, it draws the mean ± one standard deviation. against: "step" or "seconds".
     """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    panels = [("validation accuracy (±1 standard error or, of several seeds, standard deviation)", ACCURACY), ("training reward", REWARD),
-              ("token entropy (nats)", ("token_entropy",)), ("response length (tokens)", ("response_length", "eval_response_length"))]
-    figure, axes = plt.subplots(len(panels), 1, figsize=(7, 9), sharex=True, layout="constrained")
-    for label, folders in runs.items():
-        records = [record for folder in folders for record in read_metrics(folder)]
-        for axis, (title, names) in zip(axes, panels):
-            steps = sorted({record["step"] for record in records if lookup(record, names) is not None})
-            at_step = [[record for record in records if record["step"] == step] for step in steps]
-            means = [statistics.fmean(lookup(record, names) for record in some) for some in at_step]
+    panels = {"validation accuracy (±1 standard error or, of several seeds, standard deviation)": ACCURACY, "training reward": REWARD,
+              "token entropy (nats)": ("token_entropy",), "response length (tokens)": ("response_length", "eval_response_length")}
+    figure = Figure(figsize=(7, 9), layout="constrained")
+    axes = figure.subplots(len(panels), sharex=True)
+    for axis, (title, names) in zip(axes, panels.items()):
+        for label, folders in runs.items():
+            records = [record for folder in folders for record in read_metrics(folder) if lookup(record, names) is not None]
+            at_step = [[record for record in records if record["step"] == step] for step in sorted({record["step"] for record in records})]
+            values = [[lookup(record, names) for record in some] for some in at_step]
+            means = [statistics.fmean(some) for some in values]
+            errors = [statistics.stdev(some) if len(some) > 1 else 0 for some in values]
             places = [statistics.fmean(record[against] for record in some) for some in at_step]
-            [line] = axis.plot(places, means, marker="o" if len(steps) < 30 else None, markersize=3, label=label)
+            [line] = axis.plot(places, means, marker="o" if len(places) < 30 else None, markersize=3, label=label)
             if names is ACCURACY and len(folders) == 1:
-                errors = [record["eval_stderr"] for [record] in at_step]
-                formats = [lookup(record, FORMAT) for [record] in at_step]
-                axis.plot(places, formats, linestyle="--", color=line.get_color(), linewidth=1, label=f"{label}, format")
-            else:
-                errors = [statistics.stdev(lookup(record, names) for record in some) if len(some) > 1 else 0 for some in at_step]
+                errors = [record["eval_stderr"] for record in records]
+                axis.plot(places, [lookup(record, FORMAT) for record in records], color=line.get_color(), linestyle="--", linewidth=1,
+                          label=f"{label}, format")
             axis.fill_between(places, [m - e for m, e in zip(means, errors)], [m + e for m, e in zip(means, errors)], alpha=0.2)
-            axis.set_title(title, fontsize=9, loc="left")
-    for axis, (_, names) in zip(axes, panels):
+        axis.set_title(title, fontsize=9, loc="left")
         axis.grid(alpha=0.3)
-        if names is ACCURACY or names is REWARD:
+        if names in (ACCURACY, REWARD):
             axis.set_ylim(0, 1.02)
     axes[0].legend(fontsize=8)
     axes[-1].set_xlabel(against)
-    partial = f"{path}.partial.png"
-    figure.savefig(partial, dpi=110)
-    plt.close(figure)
-    os.replace(partial, path)
+    figure.savefig(path, dpi=110)
 
 
 def sha256(path):
@@ -2207,11 +2154,10 @@ def run_eval(args):
     if rank() > 0:
         return
     Path(args.output_dir, "baseline_results_summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    counts = summary["categories"]
-    print(f"accuracy {summary['accuracy']:.3f} ±{summary['accuracy_stderr']:.3f} (n={summary['problems']}), right answer in any format "
-          f"{summary['lenient_accuracy']:.3f}, format {summary['format_reward']:.3f}, length {summary['response_length']:.1f} tokens, "
-          f"cut off {summary['truncated_fraction']:.1%}")
-    print(f"format and answer right: {counts['format_and_answer']}   format only: {counts['format_only']}   neither: {counts['neither']}")
+    print("accuracy {accuracy:.3f} ±{accuracy_stderr:.3f} (n={problems}), right answer in any format {lenient_accuracy:.3f}, "
+          "format {format_reward:.3f}, length {response_length:.1f} tokens, cut off {truncated_fraction:.1%}\n"
+          "format and answer right: {categories[format_and_answer]}   format only: {categories[format_only]}   "
+          "neither: {categories[neither]}".format(**summary))
     print("   ".join(f"pass@{k} {value:.3f}" for k, value in summary["pass_at_k"].items()))
     print(f"{args.output_dir}/baseline_results_summary.json, samples.jsonl")
 
@@ -2219,46 +2165,41 @@ def run_eval(args):
 ALGORITHMS = {"eval": run_eval, "sft": train_sft, "ei": train_expert_iteration, "grpo": train_grpo}
 
 
-def table_row(folders, target):
-    """What came of some runs, as the cells of a row of compare's table: mean ± standard deviation over the runs."""
-    def cell(values, form):
-        values = [value for value in values if value is not None and math.isfinite(value)]
-        spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-        share = f" ({len(values)} of {len(folders)})" if len(values) < len(folders) else ""
-        return f"{statistics.fmean(values):{form}}{spread}{share}" if values else "–"
+def outcome(folder, target):
+    """What came of a run: the values of the columns of compare's table, None or nan where there is no such value."""
+    records = read_metrics(folder)
+    end, reached = records[-1], next((record for record in records if (lookup(record, ACCURACY) or 0) >= target), {})
+    norms = [record["grad_norm"] for record in records if record.get("grad_norm") is not None]
+    return [100 * lookup(end, ACCURACY), 100 * lookup(end, FORMAT), reached.get("step"), reached.get("seconds"), end["seconds"],
+            end["sampled_tokens"] / 1e3, end.get("token_entropy"), end["eval_response_length"], statistics.fmean(norms or [math.nan])]
 
-    runs = [read_metrics(folder) for folder in folders]
-    ends = [[record for record in run if lookup(record, ACCURACY) is not None][-1] for run in runs]
-    reached = [next((i for i, record in enumerate(run) if (lookup(record, ACCURACY) or 0) >= target), None) for run in runs]
-    return [cell([100 * lookup(end, ACCURACY) for end in ends], ".1f"), cell([100 * lookup(end, FORMAT) for end in ends], ".1f"),
-            *(cell([None if i is None else run[i][key] for i, run in zip(reached, runs)], ".0f") for key in ("step", "seconds")),
-            cell([end["seconds"] for end in ends], ".0f"), cell([end["sampled_tokens"] / 1e3 for end in ends], ".0f"),
-            cell([run[-1].get("token_entropy") for run in runs], ".3f"), cell([end["eval_response_length"] for end in ends], ".1f"),
-            cell([statistics.fmean([r["grad_norm"] for r in run if r.get("grad_norm") is not None] or [math.nan]) for run in runs], ".2f")]
+
+def cell(values, form):
+    """A cell of that table: mean ± standard deviation of the values that there are, and of how many runs they are."""
+    there = [value for value in values if value is not None and math.isfinite(value)]
+    spread = f" ± {statistics.stdev(there):{form}}" if len(there) > 1 else ""
+    share = f" ({len(there)} of {len(values)})" if len(there) < len(values) else ""
+    return f"{statistics.fmean(there):{form}}{spread}{share}" if there else "–"
 
 
 def compare(args, argv):
     """Runs every variant of --compare with every seed, as main would, and rank 0 writes compare.png and compare.md."""
-    others = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--compare", "--seeds", "--target", "--output_dir"):
-        others.add_argument(flag)
-    rest, folder = others.parse_known_args(argv)[1], Path(args.output_dir or "compare_output")
-    flag, equals, values = args.compare.partition("=")
-    if not equals or not values:
+    folder, (flag, _, values) = Path(args.output_dir or "compare_output"), args.compare.partition("=")
+    if not values:
         raise UserError(f"--compare {args.compare} should be FLAG=A,B,…")
-    variants = {}
-    for value in values.split(","):             # all of them, before the first one runs
+    variants = {f"{flag}={value}": [] for value in values.split(",")}
+    for label, runs in variants.items():            # all of them are checked before the first one runs
         for seed in range(args.seeds):
-            output_dir = folder / f"{flag}={value}".replace("/", "_") / f"seed{seed}"
-            with contextlib.redirect_stdout(None):
-                run = parse_args([*rest, f"--{flag}={value}", "--seed", str(seed), "--output_dir", str(output_dir)])
+            output_dir = folder / label.replace("/", "_") / f"seed{seed}"
+            with contextlib.redirect_stdout(None):      # of a flag given twice the last one counts, so this is a run, not a comparison
+                run = parse_args([*argv, "--compare=", f"--{label}", f"--seed={seed}", f"--output_dir={output_dir}"])
             if run.algo == "eval" or run.overwrite:
                 raise UserError("--compare compares training runs, --algo sft, ei or grpo, and goes on with those that are there: no --overwrite")
             run.resume = True
-            for key, before in read_settings(run).items():
-                if key != "output_dir" and vars(run).get(key) != before:
+            for key, before in read_settings(output_dir).items():
+                if key not in ("output_dir", "compare", "seeds", "target") and vars(run).get(key) != before:
                     raise UserError(f"{output_dir} holds a run with --{key} {before}, not {vars(run).get(key)}; choose another --output_dir")
-            variants.setdefault(f"{flag}={value}", []).append(run)
+            runs.append(run)
     for runs in variants.values():
         for run in runs:
             print(f"--- {run.output_dir}", flush=True)
@@ -2268,9 +2209,12 @@ def compare(args, argv):
         return
     folders = {label: [run.output_dir for run in runs] for label, runs in variants.items()}
     plot_runs(folders, folder / "compare.png", against="seconds" if flag == "algo" else "step")       # a step of theirs is not one thing
-    header = ["", "accuracy %", "in the format %", f"steps to {args.target:.0%}", f"seconds to {args.target:.0%}", "seconds",
-              "sampled tokens, thousands", "entropy at the end", "length at the end", "gradient norm"]
-    rows = [header, ["---"] * len(header), *([label, *table_row(runs, args.target)] for label, runs in folders.items())]
+    columns = {"accuracy %": ".1f", "in the format %": ".1f", f"steps to {args.target:.0%}": ".0f", f"seconds to {args.target:.0%}": ".0f",
+               "seconds": ".0f", "sampled tokens, thousands": ".0f", "entropy at the end": ".3f", "length at the end": ".1f", "gradient norm": ".2f"}
+    rows = [["", *columns], ["---"] * (len(columns) + 1)]
+    for label in folders:
+        outcomes = zip(*(outcome(each, args.target) for each in folders[label]))       # a tuple of the runs' values for each column
+        rows.append([label, *map(cell, outcomes, columns.values())])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     Path(folder, "compare.md").write_text(f"`python align.py {' '.join(argv)}`\n\n{table}\n", encoding="utf-8")
     print(f"{table}\n{folder}/compare.png, compare.md")

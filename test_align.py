@@ -144,8 +144,8 @@ def test_the_math_preset_holds_the_hyperparameters_of_the_handout():
     (["--algo", "eval", "--sampler", "torch", "--vllm_sleep"], "--vllm_sleep is only used with --sampler vllm"),
     (["--algo", "eval", "--sampler", "vllm", "--sampler_batch_size", "8"], "--sampler_batch_size is only used with --sampler torch"),
     (["--algo", "grpo", "--learning_rate", "nan"], "nan"),
-    (["--algo", "grpo", "--group_size", "0"], "0 is below 1"),
-    (["--algo", "grpo", "--grop_size", "8"], "did you mean --group_size?"),
+    (["--algo", "grpo", "--group_size", "0"], "0 is not between 1 and inf"),
+    (["--algo", "grpo", "--grop_size", "8"], "unrecognized arguments: --grop_size 8"),
     (["--algo", "dpo"], "invalid choice: 'dpo'"),
     (["--algo", "eval", "--sampling_min_tokens", "99", "--sampling_max_tokens", "9"], "--sampling_min_tokens 99 is above"),
 ])
