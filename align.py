@@ -1489,7 +1489,9 @@ def plot_runs(runs, path, against="step"):
             axis.set_ylim(0, 1.02)
     axes[0].legend(fontsize=8)
     axes[-1].set_xlabel(against)
-    figure.savefig(path, dpi=110)
+    partial = f"{path}.partial.png"
+    figure.savefig(partial, dpi=110)
+    os.replace(partial, path)
 
 
 def sha256(path):
