@@ -1195,6 +1195,8 @@ for kill in range(kills):
     out = folder / f"killed{{kill}}"
     pid = start(out)
     time.sleep(rng.uniform(0.05, 0.95) * seconds)
+    while kill == 0 and not list(out.glob("checkpoint*[0-9]")):
+        time.sleep(0.001)                   # the first one has a checkpoint to go on from
     while kill % 3 == 2 and not list(out.glob("checkpoint*.partial")) and not (out / "final_model").exists():
         time.sleep(0.001)                   # every third one dies while it writes a checkpoint
     os.kill(pid, signal.SIGKILL)
