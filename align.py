@@ -458,44 +458,41 @@ def format_prompt(name, question):
 # 3. Grading: the reward is the objective, so a wrong reward is trained towards
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Step 1: one spelling for each meaning. ⟨ and ⟩ stand for the braces of a set, so that { and } are LaTeX's own.
-CHARACTERS = str.maketrans({"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "°": ""})
+# Step 1: one spelling for each meaning. A set or a union is spelled as the list of its parts.
+CHARACTERS = str.maketrans({"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "∪": ","})
 WORD = r"(?!(?:(?:arc)?(?:sin|cos|tan)|sec|csc|cot|log|ln|sqrt|pmatrix)(?![a-zA-Z]))[a-zA-Z]"       # where no function's name begins
 SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in (
-    (r"(?<!\\)\\[,;: ]|~|\\(left|right|displaystyle|q?quad|[bB]igg?[lr]?|approx)(?![a-zA-Z])", " "),        # layout
-    (r"(?<=\d)(\{,\}|,?\\!)\s*(?=\d{3}(?!\d))", ""), (r"\\!", ""),                                          # thousands
-    (r"(?<![\d.,(\[{⟨])(?<![(\[{⟨,]-)\d{1,3}(,\d{3})+(?![\d,])(?!,\s)", lambda match: match[0].replace(",", "")),
-    (r"\\\{|\\lbrace", "⟨"), (r"\\\}|\\rbrace", "⟩"), (r"\\?[$%]|(?<!\\)\\[\[\]()]", ""),                   # sets; currency, percent, delimiters
-    (r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?(?![a-zA-Z])", ""), (r"\\([lg])eq(?![a-zA-Z])", r"\\\1e"),
-    (r"\\cup(?![a-zA-Z])", "∪"), (r"\\(pm|mp)(?![a-zA-Z])", "±"), (r"^\s*[a-zA-Z]\s*(∈|\\in(?![a-zA-Z]))\s*", ""),
-    (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "), (r"(?<![\\a-zA-Z])inf(ini)?ty(?![a-zA-Z])", r"\\infty "),
-    (r"(?:√|(?<![\\a-zA-Z])sqrt)\s*(?:\(([^()]*)\)|(\w+))|\\sqrt\s*(\d)", r"\\sqrt{\1\2\3}"), (r"\{bmatrix\}", "{pmatrix}"),
-    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"), (r"\\frac\s*(\\[a-zA-Z]+|\w)", r"\\frac{\1}"), (r"(\\frac\s*\{[^{}]*\})\s*(\\[a-zA-Z]+|\w)", r"\1{\2}"),
+    (r"(?<=\d)(\{,\}|,\\!)\s*(?=\d{3}(?!\d))", ""),                                                         # thousands
+    (r"(?<![\d.,(\[{])(?<![(\[{,]-)\d{1,3}(,\d{3})+(?![\d,])(?!,\s)", lambda match: match[0].replace(",", "")),
+    (r"(?<!\\)\\[,;:! ]|~|\\(left|right|displaystyle|q?quad|[bB]igg?[lr]?|approx)(?![a-zA-Z])", " "),       # layout
+    (r"\\?[$%°]|(?<!\\)\\[\[\](){}]|\^\s*\{?\s*\\circ\s*\}?|\\degrees?(?![a-zA-Z])", ""),       # currency, percent, degrees, delimiters, braces of a set
+    (r"\\cup(?![a-zA-Z])", ","), (r"\\(pm|mp)(?![a-zA-Z])", "±"), (r"^\s*[a-zA-Z]\s*(∈|\\in(?![a-zA-Z]))\s*", ""),
+    (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "), (r"(?<![\\a-zA-Z])inf(ini)?ty(?![a-zA-Z])", r"\\infty "), (r"\{bmatrix\}", "{pmatrix}"),
+    (r"(?:√|(?<![\\a-zA-Z])sqrt)\s*(?:\(([^()]*)\)|(\w+))|\\sqrt\s*(\d)", r"\\sqrt{\1\2\3}"),
+    (r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\\[a-zA-Z]+|\w))\s*(?:\{([^{}]*)\}|(\\[a-zA-Z]+|\w))", r"\\frac{\1\2}{\3\4}"),       # \dfrac12
     (r"(?<=[^\s,(])\s*\\(text\w*|mbox|mathrm)\s*\{(?!\s*(and|or)\b)[^{}]*\}\s*(\^\s*\{?\d+\}?)?\s*[.]?\s*$", ""),   # 12\text{ cm}^2
     (r"\\(text\w*|mbox|math(rm|bf|it)|operatorname)\s*\{([^{}]*)\}", r" \3 "),
-    (rf"^([-+]?[\d.,/]+|.*\}}|.*\\pi)\s+{WORD}[a-zA-Z]+\.?(?: [a-zA-Z ,'.-]*)?(\^\s*\{{?\d+\}}?)?\s*$", r"\1"),     # 12 square cm
+    (rf"^(\s*[-+]?[\d.,/]+|.*\}}|.*\\pi)\s+{WORD}[a-zA-Z]+\.?(?: [a-zA-Z ,'.-]*)?(\^\s*\{{?\d+\}}?)?\s*$", r"\1"),  # 12 square cm
     (r",?\s+(and|or)\s+", ", "), (r"(?<![\w.}/^])(\d+)\s*/\s*(\d+)(?![\d./])", r"\\frac{\1}{\2}"),          # 3/4\pi is \frac{3}{4}\pi
-    (r"\s+", " "), (r"\. ?$| (?=[,)\]⟩}])|(?<=[,(\[⟨{]) ", ""), (r"^ ?\(([a-zA-Z])\) ?$", r"\1"),             # (C) is C
-    (r"(?<=\d)_ ?\{(\d+)\}", r"_\1"), (r"^10(?= ?\^)", r"1\\times 10"),
-    (r"^ ?([-+]?[\d.]+) ?(\\times|\\cdot|\*) ?10 ?\^ ?\{? ?([-+]?\d{1,3}) ?\}? ?$", r"\1e\3"),
+    (r"\s+", " "), (r"\. ?$| (?=[,)\]}])|(?<=[,(\[{]) ", ""), (r"(?<=\d)_ ?\{(\d+)\}", r"_\1"),             # 506_{7}
+    (r"^10(?= ?\^)", r"1\\times 10"), (r"^ ?([-+]?[\d.]+) ?(\\times|\\cdot|\*) ?10 ?\^ ?\{?([-+]?\d{1,3})\}? ?$", r"\1e\3"),
 )]
-OPENING, CLOSING = "([{⟨", ")]}⟩"
 
 
 def outline(text):
     """The text with blanks for what stands inside of brackets; intervals mix their kinds, so any closes any. outline("(1,2]+3") == "(   ]+3"."""
     depth, characters = 0, []
     for character in text:
-        depth -= character in CLOSING
+        depth -= character in ")]}"
         characters.append(character if depth == 0 else " ")
-        depth += character in OPENING
+        depth += character in "([{"
     return "".join(characters)
 
 
 def last_boxed(text):
     r"""The content of the last \boxed{…} with balanced braces, or None. last_boxed(r"so \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"."""
     boxed = text[text.rfind(r"\boxed{"):]
-    match = re.match(r"\\boxed\{( *)[)\]}⟩]", outline(boxed))
+    match = re.match(r"\\boxed\{( *)[)\]}]", outline(boxed))
     return boxed[match.start(1):match.end(1)] if match else None
 
 
@@ -515,54 +512,36 @@ def normalize_answer(text):
 
 def as_number(text):
     r"""The exact value of a plain number, as 1234.5, \frac{3}{4}, 1\frac{3}{4} or 2.5e-3; else None."""
-    mixed = re.fullmatch(r"([+-]?) ?(\d*) ?\\frac ?\{([+-]?\d+)\} ?\{0*([1-9]\d*)\}", text)
+    mixed = re.fullmatch(r"([+-]?) ?(\d*) ?\\frac\{([+-]?\d+)\}\{0*([1-9]\d*)\}", text)
     if mixed:
         return int(mixed[1] + "1") * (int(mixed[2] or 0) + Fraction(int(mixed[3]), int(mixed[4])))
     decimal = re.fullmatch(r"([+-]?) ?((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?)", text)
     return Fraction(decimal[1] + decimal[2]) if decimal else None
 
 
-def split_top(text, separator):
-    """The parts between the separators that stand outside of all brackets."""
-    parts, start = [], 0
-    for match in re.finditer(f"{separator}|$", outline(text)):
-        parts.append(text[start:match.start()].strip())
-        start = match.end()
-    return parts
+def as_items(text):
+    """(brackets, items) of a tuple or an interval; ("", items) of a list, and of a single value, which is a list of one."""
+    is_tuple = re.fullmatch(r"[(\[] *[)\]]", outline(text)) and "," in outline(text[1:-1])
+    inner = text[1:-1] if is_tuple else text
+    commas = [i for i, character in enumerate(outline(inner)) if character == ","]
+    items = [inner[start + 1:end].strip() for start, end in zip([-1] + commas, commas + [len(inner)])]
+    if is_tuple:
+        return text[0] + text[-1], items
+    return "", [item.replace("±", sign).lstrip("+ ") for item in items for sign in ("+-" if "±" in item else "+")]     # a ± b is two values
 
 
-def as_collection(text):
-    """(kind, items) of an interval, tuple, set, list, union or matrix; the kind of a single value is "". Kinds that end in "set" have no order."""
-    matrix = re.fullmatch(r"\\begin ?\{pmatrix\}(.*)\\end ?\{pmatrix\}", text)
-    if matrix and r"\begin" not in matrix[1]:
-        rows = [row.split("&") for row in matrix[1].split(r"\\") if row.strip()]
-        return f"matrix of {len(rows)} rows", [cell.strip() for row in rows for cell in row]
-    shape = outline(text)
-    if "∪" in shape:
-        return "union set", split_top(text, "∪")
-    if re.fullmatch(r"[(\[] *[)\]]", shape) and "," in outline(text[1:-1]):
-        return text[0] + text[-1], split_top(text[1:-1], ",")
-    is_set = re.fullmatch("⟨ *⟩", shape)
-    items = [item.replace("±", sign).lstrip("+ ") for item in split_top(text[1:-1] if is_set else text, ",")
-             for sign in ("+-" if "±" in item else "+")]        # a ± b is two values
-    return "set" if is_set or len(items) > 1 else "", items
-
-
-# Step 3: math-verify for the rest, behind a guard: it cannot tell words, 506_7 or 3:5 from products, and towers of powers would take it forever.
+# Step 3: math-verify for the rest, behind a guard: it takes words, 506_7 and 3:5 for products, and towers of powers would take it forever.
 FOREIGN = re.compile(rf"\d ?_|\d ?: ?\d|(?<![\\a-zA-Z]){WORD}[a-zA-Z]{{3,}}|__|['\"]|<<|\*\*.*\*\*|[^\x00-\x7f]|"
                      r"\^\s*[{(]*\s*-?\d+\s*(\^|!|\*\*)|\^\s*[{(]*\s*-?\d{5,}|\d{3,}\s*!|!\s*\)+\s*!")
 PARSER_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NameError, RuntimeError, SyntaxError, TypeError, ValueError)
 
 
 def parse_math(text, seconds):
-    """The sympy object of a LaTeX string; ValueError if math-verify finds none."""
+    """The sympy object of a LaTeX string; one of PARSER_ERRORS where math-verify finds none."""
     # Bare strings such as (3,-1) parse to nothing, \boxed{} ones do. units=True would eat trailing letters, as the b of a + b.
     rules = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="all", equations=False)
-    parsed = math_verify.parse(r"\boxed{%s}" % text, [math_verify.LatexExtractionConfig(normalization_config=rules)], parsing_timeout=seconds)
-    if not parsed or isinstance(parsed[0], str):
-        raise ValueError(f"not mathematics: {text}")
-    symbols = getattr(parsed[0], "free_symbols", ())
-    return parsed[0].subs({s: sympy.I if s.name == "i" else sympy.Symbol(s.name) for s in symbols})     # they come with odd assumptions
+    value = math_verify.parse(r"\boxed{%s}" % text, [math_verify.LatexExtractionConfig(normalization_config=rules)], parsing_timeout=seconds)[0]
+    return value.subs({s: sympy.I if s.name == "i" else sympy.Symbol(s.name) for s in value.free_symbols})      # they come with odd assumptions
 
 
 def same_value(answer, truth):
@@ -589,25 +568,25 @@ def plain(text):
     return re.sub(r"^(an?|the) |\s(?!\d)|(?<!\d)\s", "", text.casefold())
 
 
-def same(answer, truth, depth=0):
+def same(answer, truth):
     """Do two normalised answers mean the same?"""
     numbers = as_number(answer), as_number(truth)
     if None not in numbers:
         return numbers[0] == numbers[1]
-    if plain(answer) == plain(truth) or depth > 4:
-        return plain(answer) == plain(truth) != ""
-    # x = 5 is 5 and f(x) = 2x is 2x, but 7 = 2x is not 2x
-    names = [re.match(r"\\?[a-zA-Z]+(_\{?\w+\}?)?\s*(\([^=]*\))?\s*=", text) for text in (answer, truth)]
-    one_each = answer.count("=") == truth.count("=") == 1 and all(names) and plain(names[0][0]) == plain(names[1][0])
-    if one_each or names[0] and "=" not in truth or names[1] and "=" not in answer:
-        return same(*(text[name.end() if name else 0:].strip() for text, name in zip((answer, truth), names)), depth + 1)
-    (kind, items), (true_kind, true_items) = as_collection(answer), as_collection(truth)
-    if kind == true_kind != "" and len(items) == len(true_items):
-        if not kind.endswith("set"):
-            return all(same(a, t, depth + 1) for a, t in zip(items, true_items))
-        return (all(any(same(a, t, depth + 1) for a in items) for t in true_items)
-                and all(any(same(a, t, depth + 1) for t in true_items) for a in items))
-    return (kind + true_kind == "" or "matrix" in kind + true_kind) and same_value(answer, truth)
+    if plain(answer) == plain(truth):
+        return answer != ""
+    (left, _, right), (true_left, _, true_right) = answer.rpartition("="), truth.rpartition("=")
+    is_name = re.fullmatch(r"\\?[a-zA-Z]+(_\{?\w+\}?)?\s*(\([^=]*\))?\s*", left + true_left)
+    if plain(left) == plain(true_left) != "" or is_name and "" in (left, true_left):
+        return same(right.strip(), true_right.strip())      # x = 5 is 5 and f(x) = 2x is 2x, but 7 = 2x is not 2x
+    (brackets, items), (true_brackets, true_items) = as_items(answer), as_items(truth)
+    if brackets != true_brackets or len(items) != len(true_items):
+        return False
+    if brackets:
+        return all(same(a, t) for a, t in zip(items, true_items))
+    if len(items) > 1:
+        return all(any(same(a, t) for a in items) for t in true_items) and all(any(same(a, t) for t in true_items) for a in items)
+    return same_value(answer, truth)
 
 
 def grade(answer, truth):
@@ -686,20 +665,15 @@ def grading_pool():
     return pool
 
 
-@functools.cache
-def can_be_pickled(reward_fn):
-    """Can it go to a worker? If not, says so, once."""
-    try:
-        pickle.dumps(reward_fn)
-    except (pickle.PicklingError, AttributeError, TypeError):
-        print(f"{getattr(reward_fn, '__name__', reward_fn)} cannot be pickled: it grades in this process, without a deadline", flush=True)
-        return False
-    return True
+say_once = functools.cache(print)       # what was printed once is not printed again
 
 
 def grade_pairs(reward_fn, pairs):
     """The reward dict of each (response, truth) pair; the error's text for one whose grading crashed, raised or exceeded DEADLINE."""
-    if not can_be_pickled(reward_fn):
+    try:
+        pickle.dumps(reward_fn)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        say_once(f"{getattr(reward_fn, '__name__', reward_fn)} cannot be pickled: it grades in this process, without a deadline", flush=True)
         return [reward_fn(response, truth) for response, truth in pairs]
     for _ in range(2):                          # twice where a worker that had no work was killed, and with it the pool
         if not grading_pool().active:
