@@ -465,16 +465,16 @@ SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in (
     (r"(?<=\d)(\{,\}|,\\!)\s*(?=\d{3}(?!\d))", ""),                                                         # thousands
     (r"(?<![\d.,(\[{])(?<![(\[{,]-)\d{1,3}(,\d{3})+(?![\d,])(?!,\s)", lambda match: match[0].replace(",", "")),
     (r"(?<!\\)\\[,;:! ]|~|\\(left|right|displaystyle|q?quad|[bB]igg?[lr]?|approx)(?![a-zA-Z])", " "),       # layout
-    (r"\\?[$%°]|(?<!\\)\\[\[\](){}]|\^\s*\{?\s*\\circ\s*\}?|\\degrees?(?![a-zA-Z])", ""),       # currency, percent, degrees, delimiters, braces of a set
+    (r"\\?[$%°]|\^\s*\{?\s*\\circ\s*\}?|\\degrees?(?![a-zA-Z])|(?<!\\)\\[\[\](){}]", ""),      # $, %, degrees; delimiters, braces of a set
     (r"\\cup(?![a-zA-Z])", ","), (r"\\(pm|mp)(?![a-zA-Z])", "±"), (r"^\s*[a-zA-Z]\s*(∈|\\in(?![a-zA-Z]))\s*", ""),
     (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "), (r"(?<![\\a-zA-Z])inf(ini)?ty(?![a-zA-Z])", r"\\infty "), (r"\{bmatrix\}", "{pmatrix}"),
-    (r"(?:√|(?<![\\a-zA-Z])sqrt)\s*(?:\(([^()]*)\)|(\w+))|\\sqrt\s*(\d)", r"\\sqrt{\1\2\3}"),
     (r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\\[a-zA-Z]+|\w))\s*(?:\{([^{}]*)\}|(\\[a-zA-Z]+|\w))", r"\\frac{\1\2}{\3\4}"),       # \dfrac12
+    (r"(?:√|(?<![\\a-zA-Z])sqrt)\s*(?:\(([^()]*)\)|(\w+))|\\sqrt\s*(\d)", r"\\sqrt{\1\2\3}"),
     (r"(?<=[^\s,(])\s*\\(text\w*|mbox|mathrm)\s*\{(?!\s*(and|or)\b)[^{}]*\}\s*(\^\s*\{?\d+\}?)?\s*[.]?\s*$", ""),   # 12\text{ cm}^2
     (r"\\(text\w*|mbox|math(rm|bf|it)|operatorname)\s*\{([^{}]*)\}", r" \3 "),
     (rf"^(\s*[-+]?[\d.,/]+|.*\}}|.*\\pi)\s+{WORD}[a-zA-Z]+\.?(?: [a-zA-Z ,'.-]*)?(\^\s*\{{?\d+\}}?)?\s*$", r"\1"),  # 12 square cm
     (r",?\s+(and|or)\s+", ", "), (r"(?<![\w.}/^])(\d+)\s*/\s*(\d+)(?![\d./])", r"\\frac{\1}{\2}"),          # 3/4\pi is \frac{3}{4}\pi
-    (r"\s+", " "), (r"\. ?$| (?=[,)\]}])|(?<=[,(\[{]) ", ""), (r"(?<=\d)_ ?\{(\d+)\}", r"_\1"),             # 506_{7}
+    (r"\s+", " "), (r"\. ?$| (?=[,)\]}])|(?<=[,(\[{]) ", ""), (r"(\d) ?_ ?\{(\d+)\}", r"\1_\2"),              # 506_{7}
     (r"^10(?= ?\^)", r"1\\times 10"), (r"^ ?([-+]?[\d.]+) ?(\\times|\\cdot|\*) ?10 ?\^ ?\{?([-+]?\d{1,3})\}? ?$", r"\1e\3"),
 )]
 
@@ -508,8 +508,6 @@ def normalize_answer(text):
 
 
 # Step 2: what can be decided exactly.
-
-
 def as_number(text):
     r"""The exact value of a plain number, as 1234.5, \frac{3}{4}, 1\frac{3}{4} or 2.5e-3; else None."""
     mixed = re.fullmatch(r"([+-]?) ?(\d*) ?\\frac\{([+-]?\d+)\}\{0*([1-9]\d*)\}", text)
@@ -522,22 +520,20 @@ def as_number(text):
 def as_items(text):
     """(brackets, items) of a tuple or an interval; ("", items) of a list, and of a single value, which is a list of one."""
     is_tuple = re.fullmatch(r"[(\[] *[)\]]", outline(text)) and "," in outline(text[1:-1])
-    inner = text[1:-1] if is_tuple else text
+    brackets, inner = (text[0] + text[-1], text[1:-1]) if is_tuple else ("", text)
     commas = [i for i, character in enumerate(outline(inner)) if character == ","]
     items = [inner[start + 1:end].strip() for start, end in zip([-1] + commas, commas + [len(inner)])]
-    if is_tuple:
-        return text[0] + text[-1], items
-    return "", [item.replace("±", sign).lstrip("+ ") for item in items for sign in ("+-" if "±" in item else "+")]     # a ± b is two values
+    return brackets, [item.replace("±", sign).lstrip("+ ") for item in items for sign in ("+-" if "±" in item else "+")]     # a ± b is two values
 
 
 # Step 3: math-verify for the rest, behind a guard: it takes words, 506_7 and 3:5 for products, and towers of powers would take it forever.
 FOREIGN = re.compile(rf"\d ?_|\d ?: ?\d|(?<![\\a-zA-Z]){WORD}[a-zA-Z]{{3,}}|__|['\"]|<<|\*\*.*\*\*|[^\x00-\x7f]|"
                      r"\^\s*[{(]*\s*-?\d+\s*(\^|!|\*\*)|\^\s*[{(]*\s*-?\d{5,}|\d{3,}\s*!|!\s*\)+\s*!")
-PARSER_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NameError, RuntimeError, SyntaxError, TypeError, ValueError)
+NOT_MATHS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NameError, RuntimeError, SyntaxError, TypeError, ValueError)
 
 
 def parse_math(text, seconds):
-    """The sympy object of a LaTeX string; one of PARSER_ERRORS where math-verify finds none."""
+    """The sympy object of a LaTeX string; one of NOT_MATHS where math-verify finds none."""
     # Bare strings such as (3,-1) parse to nothing, \boxed{} ones do. units=True would eat trailing letters, as the b of a + b.
     rules = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="all", equations=False)
     value = math_verify.parse(r"\boxed{%s}" % text, [math_verify.LatexExtractionConfig(normalization_config=rules)], parsing_timeout=seconds)[0]
@@ -556,13 +552,11 @@ def same_value(answer, truth):
             ratio = sympy.cancel(left / right)
             return bool(ratio.is_number and ratio.is_finite and ratio != 0)
         return math_verify.verify(parse_math(truth, seconds), parse_math(answer, seconds), timeout_seconds=seconds)     # truth first: not symmetric
-    except PARSER_ERRORS:
+    except NOT_MATHS:
         return False
 
 
 # The three together.
-
-
 def plain(text):
     """For comparing words: no case, no article, no space except between digits."""
     return re.sub(r"^(an?|the) |\s(?!\d)|(?<!\d)\s", "", text.casefold())
@@ -596,17 +590,8 @@ def grade(answer, truth):
     return same(normalize_answer(answer), normalize_answer(truth))
 
 
-# The rewards.
-
-
 def extract_answer(response):
-    """What stands between the answer tags of a response in the r1_zero format, or None.
-
-    >>> extract_answer(" 7+5=12 </think> <answer> 12 </answer>")
-    '12'
-
-    The format is the handout's, `</think> <answer>` … `</answer>`, with each tag exactly once and nothing after the end.
-    """
+    """The answer in " 7+5=12 </think> <answer> 12 </answer>", here "12"; None but for this format, each tag once and nothing after the end."""
     if any(response.count(tag) != 1 for tag in ("</think>", "<answer>", "</answer>")):
         return None
     match = re.search(r"</think> <answer>(.*)</answer>\s*$", response, re.DOTALL)
@@ -642,6 +627,7 @@ def reward_fn_and_stop(prompt_name):
 # Grading a batch, in worker processes: sympy can hang in C code, where no signal reaches it, or take all memory. A process can be killed.
 DEADLINE = 3.0              # seconds for one response
 WORKER_MEMORY = 2 << 30     # bytes that a worker may take
+say_once = functools.cache(print)       # what was printed once is not printed again
 
 
 def start_worker():
@@ -663,9 +649,6 @@ def grading_pool():
     pool = pebble.ProcessPool(max_workers=max(1, min(os.cpu_count() // world_size(), 16)), initializer=start_worker, context=context)
     atexit.register(lambda: (pool.stop(), pool.join()))
     return pool
-
-
-say_once = functools.cache(print)       # what was printed once is not printed again
 
 
 def grade_pairs(reward_fn, pairs):
@@ -732,20 +715,15 @@ def read_jsonl(path, required, may_be_blank=None):
 
 
 def load_problems(path, prompt_name):
-    """Problems {"problem", "answer", "prompt", …} of a JSON-lines file; a problem is {"problem": str, "answer": str, …}.
-
-    A problem whose answer nothing could equal is reported and left out.
-    """
+    """Problems {"problem", "answer", "prompt", …} of a JSON-lines file. One whose answer nothing could equal is reported and left out."""
     records = read_jsonl(path, [("problem", "answer")], may_be_blank="answer")
-    usable = {answer for answer in {record["answer"] for record in records} if grade(answer, answer)}
-    problems, unusable = ([record for record in records if (record["answer"] in usable) == wanted] for wanted in (True, False))
-    for record in unusable[:5]:
-        print(f"{path}, line {record['line']}: left out, since its answer {record['answer'][:60]!r} is empty, but for spelling")
-    if unusable:
-        print(f"{path}: {len(unusable)} of {len(problems) + len(unusable)} problems left out")
+    problems = [record | {"prompt": format_prompt(prompt_name, record["problem"])} for record in records if normalize_answer(record["answer"])]
+    unusable = [str(record["line"]) for record in records if not normalize_answer(record["answer"])]
     if not problems:
         raise UserError(f"{path}: no problem has a usable answer")
-    return [problem | {"prompt": format_prompt(prompt_name, problem["problem"])} for problem in problems]
+    if unusable:
+        print(f"{path}, line {', '.join(unusable)}: left out, since the answer is empty but for spelling; {len(unusable)} of {len(records)} problems")
+    return problems
 
 
 def load_traces(path, prompt_name, reward_fn):
