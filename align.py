@@ -55,10 +55,13 @@ from fractions import Fraction
 from pathlib import Path
 
 import huggingface_hub
+import math_verify
 import pebble
+import sympy
 import torch
 import torch.distributed
 import torch.nn.functional as F
+from latex2sympy2_extended import NormalizationConfig
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -410,196 +413,128 @@ def format_prompt(name, question):
 # 3. Grading: the reward is the objective, so a wrong reward is trained towards
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Step 1: one spelling for each meaning. ⟨ and ⟩ stand for the braces of a set, so that { and } are LaTeX's own.
-NO_FUNCTION = r"(?!(?:arcsin|arccos|arctan|sin|cos|tan|sec|csc|cot|log|sqrt|infty|frac|pmatrix|times|cdot|begin|text)(?![a-zA-Z]))"
-UNIT_WORDS = NO_FUNCTION + r"[a-zA-Z]{2,}\.?(?: [a-zA-Z ,'.-]*)?"
+# Step 1: one spelling for each meaning. A set or a union is spelled as the list of its parts.
+CHARACTERS = str.maketrans({"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "∪": ","})
+WORD = r"(?!(?:(?:arc)?(?:sin|cos|tan)|sec|csc|cot|log|ln|sqrt|pmatrix)(?![a-zA-Z]))[a-zA-Z]"       # where no function's name begins
 SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in (
-    (r"[−–]", "-"), (r"×", r"\\times "), (r"·", r"\\cdot "), (r"π", r"\\pi "), (r"∞", r"\\infty "), (r"≤", r"\\le "), (r"≥", r"\\ge "),
-    (r"∪", r"\\cup "), (r"∈", r"\\in "), (r"±", r"\\pm "), (r"√\s*(\w+)", r"\\sqrt{\1}"), (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-    (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "), (r"(?<![\\a-zA-Z])inf(ini)?ty(?![a-zA-Z])", r"\\infty "),
     (r"(?<=\d)(\{,\}|,\\!)\s*(?=\d{3}(?!\d))", ""),                                                         # thousands
-    (r"(?<![\d.,(\[{⟨])(?<![(\[{⟨,]-)\d{1,3}(,\d{3})+(?![\d,])(?!,\s)", lambda match: match[0].replace(",", "")),
+    (r"(?<![\d.,(\[{])(?<![(\[{,]-)\d{1,3}(,\d{3})+(?![\d,])(?!,\s)", lambda match: match[0].replace(",", "")),
     (r"(?<!\\)\\[,;:! ]|~|\\(left|right|displaystyle|q?quad|[bB]igg?[lr]?|approx)(?![a-zA-Z])", " "),       # layout
-    (r"\\\{|\\lbrace", "⟨"), (r"\\\}|\\rbrace", "⟩"), (r"\\?[$%]|(?<!\\)\\[\[\]()]", ""),                   # sets; currency, percent, delimiters
-    (r"°|\^\s*\{?\s*\\circ\s*\}?|\\degrees?(?![a-zA-Z])", ""),
-    (r"\{bmatrix\}", "{pmatrix}"), (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"), (r"\\frac\s*(\\[a-zA-Z]+|\w)", r"\\frac{\1}"),
-    (r"(\\frac\s*\{[^{}]*\})\s*(\\[a-zA-Z]+|\w)", r"\1{\2}"), (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
+    (r"\\?[$%°]|\^\s*\{?\s*\\circ\s*\}?|\\degrees?(?![a-zA-Z])|(?<!\\)\\[\[\](){}]", ""),      # $, %, degrees; delimiters, braces of a set
+    (r"\\cup(?![a-zA-Z])", ","), (r"\\(pm|mp)(?![a-zA-Z])", "±"), (r"^\s*[a-zA-Z]\s*(∈|\\in(?![a-zA-Z]))\s*", ""),
+    (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "), (r"(?<![\\a-zA-Z])inf(ini)?ty(?![a-zA-Z])", r"\\infty "), (r"\{bmatrix\}", "{pmatrix}"),
+    (r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\\[a-zA-Z]+|\w))\s*(?:\{([^{}]*)\}|(\\[a-zA-Z]+|\w))", r"\\frac{\1\2}{\3\4}"),       # \dfrac12
+    (r"(?:√|(?<![\\a-zA-Z])sqrt)\s*(?:\(([^()]*)\)|(\w+))|\\sqrt\s*(\d)", r"\\sqrt{\1\2\3}"),
     (r"(?<=[^\s,(])\s*\\(text\w*|mbox|mathrm)\s*\{(?!\s*(and|or)\b)[^{}]*\}\s*(\^\s*\{?\d+\}?)?\s*[.]?\s*$", ""),   # 12\text{ cm}^2
     (r"\\(text\w*|mbox|math(rm|bf|it)|operatorname)\s*\{([^{}]*)\}", r" \3 "),
-    (rf"^([-+]?[\d.,/]+|.*\}}|.*\\pi)\s+{UNIT_WORDS}(\^\s*\{{?\d+\}}?)?\s*$", r"\1"),                         # 12 square cm
-    (r",?\s+(and|or)\s+", ", "), (r"\\leq(?![a-zA-Z])", r"\\le"), (r"\\geq(?![a-zA-Z])", r"\\ge"),
-    (r"(?<![\w.}/^])(\d+)\s*/\s*(\d+)(?![\d./])", r"\\frac{\1}{\2}"),                                     # 3/4\pi is \frac{3}{4}\pi
-    (r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"\s+", " "), (r"\.\s*$| (?=[,)\]⟩}])|(?<=[,(\[⟨{]) ", ""),
+    (rf"^(\s*[-+]?[\d.,/]+|.*\}}|.*\\pi)\s+{WORD}[a-zA-Z]+\.?(?: [a-zA-Z ,'.-]*)?(\^\s*\{{?\d+\}}?)?\s*$", r"\1"),  # 12 square cm
+    (r",?\s+(and|or)\s+", ", "), (r"(?<![\w.}/^])(\d+)\s*/\s*(\d+)(?![\d./])", r"\\frac{\1}{\2}"),          # 3/4\pi is \frac{3}{4}\pi
+    (r"\s+", " "), (r"\. ?$| (?=[,)\]}])|(?<=[,(\[{]) ", ""), (r"(\d) ?_ ?\{(\d+)\}", r"\1_\2"),              # 506_{7}
+    (r"^10(?= ?\^)", r"1\\times 10"), (r"^ ?([-+]?[\d.]+) ?(\\times|\\cdot|\*) ?10 ?\^ ?\{?([-+]?\d{1,3})\}? ?$", r"\1e\3"),
 )]
-OPENING, CLOSING = "([{⟨", ")]}⟩"
 
 
-def closing_index(text, start):
-    """Where the bracket at `start` is closed, by any kind of bracket since intervals mix them; -1 if nowhere."""
-    depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] in OPENING) - (text[i] in CLOSING)
-        if depth == 0:
-            return i
-    return -1
+def outline(text):
+    """The text with blanks for what stands inside of brackets; intervals mix their kinds, so any closes any. outline("(1,2]+3") == "(   ]+3"."""
+    depth, characters = 0, []
+    for character in text:
+        depth -= character in ")]}"
+        characters.append(character if depth == 0 else " ")
+        depth += character in "([{"
+    return "".join(characters)
 
 
 def last_boxed(text):
     r"""The content of the last \boxed{…} with balanced braces, or None. last_boxed(r"so \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"."""
-    start = text.rfind(r"\boxed{") + len(r"\boxed")
-    end = closing_index(text, start) if r"\boxed{" in text else -1
-    return text[start + 1:end] if end > 0 else None
+    boxed = text[text.rfind(r"\boxed{"):]
+    match = re.match(r"\\boxed\{( *)[)\]}]", outline(boxed))
+    return boxed[match.start(1):match.end(1)] if match else None
 
 
 def normalize_answer(text):
     r"""An answer in one spelling: normalize_answer(r"$\dfrac12$ cm") == r"\frac{1}{2}"."""
-    text = re.sub(r"^(\\[(\[]|\$|\s)+|(\\[)\]]|\$|\s)+$", "", text).replace(r"\fbox", r"\boxed")
-    if text == r"\boxed{%s}" % last_boxed(text):
-        text = last_boxed(text)
+    text = re.sub(r"^(\\[(\[]|\$|\s)+|(\\[)\]]|\$|\s)+$", "", text)
+    while re.fullmatch(r"(\\f?boxed)?\{ *\}", outline(text)):
+        text = text[text.index("{") + 1:-1].strip(" $")
+    text = text.translate(CHARACTERS)
     for pattern, spelling in SPELLINGS:
         text = pattern.sub(spelling, text)
-    text = text.strip()
-    while text[:1] == "{" and closing_index(text, 0) == len(text) - 1:
-        text = text[1:-1].strip()
-    return text
+    return text.strip()
 
 
 # Step 2: what can be decided exactly.
-
-
-NUMBER_SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in (
-    (r"\\frac\s*\{\s*([+-]?\d+)\s*\}\s*\{\s*(\d+)\s*\}", r" \1/\2"), (r"\s*/\s*", "/"),
-    (r"^10\s*\^", r"1 \\cdot 10^"), (r"\s*(\\times|\\cdot|\*)\s*10\s*\^\s*\{?\s*([+-]?\d{1,3})\s*\}?$", r"e\2"),
-)]
-
-
 def as_number(text):
-    r"""The exact value of a plain number, as 1,234.5, 3/4, \frac{3}{4}, 1\frac{3}{4}, 1 3/4, 2.5 \times 10^{-3} or 1e6; else None."""
-    for pattern, spelling in NUMBER_SPELLINGS:
-        text = pattern.sub(spelling, text)
-    match = re.fullmatch(r"([+-]?)\s*(?:(\d+)\s+(?=\d+/))?([+-]?(?:\d+/\d+|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?))", text.strip())
-    if match is None or re.search(r"/0+$", text):
-        return None
-    return (-1 if match[1] == "-" else 1) * (int(match[2] or 0) + Fraction(match[3]))
+    r"""The exact value of a plain number, as 1234.5, \frac{3}{4}, 1\frac{3}{4} or 2.5e-3; else None."""
+    mixed = re.fullmatch(r"([+-]?) ?(\d*) ?\\frac\{([+-]?\d+)\}\{0*([1-9]\d*)\}", text)
+    if mixed:
+        return int(mixed[1] + "1") * (int(mixed[2] or 0) + Fraction(int(mixed[3]), int(mixed[4])))
+    decimal = re.fullmatch(r"([+-]?) ?((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?)", text)
+    return Fraction(decimal[1] + decimal[2]) if decimal else None
 
 
-def split_top(text, separator):
-    """Splits at the separators that stand outside of all brackets."""
-    parts, depth, start = [], 0, 0
-    for match in re.finditer(r"[(\[{⟨)\]}⟩]|" + separator, text):
-        depth += (match[0] in OPENING) - (match[0] in CLOSING)
-        if depth == 0 and match[0] not in CLOSING:
-            parts.append(text[start:match.start()].strip())
-            start = match.end()
-    return parts + [text[start:].strip()]
+def as_items(text):
+    """(brackets, items) of a tuple or an interval; ("", items) of a list, and of a single value, which is a list of one."""
+    is_tuple = re.fullmatch(r"[(\[] *[)\]]", outline(text)) and "," in outline(text[1:-1])
+    brackets, inner = (text[0] + text[-1], text[1:-1]) if is_tuple else ("", text)
+    commas = [i for i, character in enumerate(outline(inner)) if character == ","]
+    items = [inner[start + 1:end].strip() for start, end in zip([-1] + commas, commas + [len(inner)])]
+    return brackets, [item.replace("±", sign).lstrip("+ ") for item in items for sign in ("+-" if "±" in item else "+")]     # a ± b is two values
 
 
-def as_collection(text):
-    """(kind, items) of an interval, tuple, set, list, union or matrix, else None. Kinds that end in "set" have no order."""
-    text = re.sub(r"^[a-zA-Z]\s*\\in(?![a-zA-Z])\s*", "", text)
-    match = re.fullmatch(r"\\begin\s*\{pmatrix\}(.*)\\end\s*\{pmatrix\}", text)
-    if match and r"\begin" not in match[1]:
-        rows = [row for row in match[1].split(r"\\") if row.strip()]
-        return f"matrix of {len(rows)} rows", [cell.strip() for row in rows for cell in row.split("&")]
-    union = split_top(text, r"\\cup(?![a-zA-Z])")
-    if len(union) > 1:
-        return "union set", union
-    braced = text[:1] == "⟨" and closing_index(text, 0) == len(text) - 1
-    items = split_top(text[1:-1] if braced else text, ",")
-    if text[:1] in ("(", "[") and closing_index(text, 0) == len(text) - 1 and len(inner := split_top(text[1:-1], ",")) > 1:
-        return text[0] + text[-1], inner
-    # a \pm b is two values
-    items = [item.replace(r"\pm", sign).replace(r"\mp", "-" if sign == "+" else "+").lstrip("+ ") for item in items
-             for sign in ("+-" if re.search(r"\\pm|\\mp", item) else "+")]
-    return ("set", items) if braced or len(items) > 1 else None
-
-
-# Step 3: math-verify for the rest, behind a guard: towers of powers and the like would take it forever.
-HEAVY = re.compile(r"__|['\"]|<<|\*\*.*\*\*|\^\s*[{(]*\s*-?\d+\s*(\^|!|\*\*)|\^\s*[{(]*\s*-?\d{5,}|\d{3,}\s*!|!\s*\)+\s*!|[^\x00-\x7f]")
-PARSER_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NameError, RuntimeError, SyntaxError, TypeError, ValueError)
+# Step 3: math-verify for the rest, behind a guard: it takes words, 506_7 and 3:5 for products, and towers of powers would take it forever.
+FOREIGN = re.compile(rf"\d ?_|\d ?: ?\d|(?<![\\a-zA-Z]){WORD}[a-zA-Z]{{3,}}|__|['\"]|<<|\*\*.*\*\*|[^\x00-\x7f]|"
+                     r"\^\s*[{(]*\s*-?\d+\s*(\^|!|\*\*)|\^\s*[{(]*\s*-?\d{5,}|\d{3,}\s*!|!\s*\)+\s*!")
+NOT_MATHS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NameError, RuntimeError, SyntaxError, TypeError, ValueError)
 
 
 def parse_math(text, seconds):
-    """The sympy object of a LaTeX string; ValueError if math-verify finds none."""
-    import sympy
-    from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)     # it logs whole responses
+    """The sympy object of a LaTeX string; one of NOT_MATHS where math-verify finds none."""
     # Bare strings such as (3,-1) parse to nothing, \boxed{} ones do. units=True would eat trailing letters, as the b of a + b.
     rules = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="all", equations=False)
-    parsed = parse(r"\boxed{%s}" % text, [LatexExtractionConfig(normalization_config=rules)], parsing_timeout=seconds)
-    if not parsed or isinstance(parsed[0], str):
-        raise ValueError(f"not mathematics: {text}")
-    symbols = getattr(parsed[0], "free_symbols", ())
-    return parsed[0].subs({s: sympy.I if s.name == "i" else sympy.Symbol(s.name) for s in symbols})     # they come with odd assumptions
+    value = math_verify.parse(r"\boxed{%s}" % text, [math_verify.LatexExtractionConfig(normalization_config=rules)], parsing_timeout=seconds)[0]
+    return value.subs({s: sympy.I if s.name == "i" else sympy.Symbol(s.name) for s in value.free_symbols})      # they come with odd assumptions
 
 
 def same_value(answer, truth):
     """math-verify's verdict on two expressions; two equations are the same where one is a multiple of the other."""
-    import sympy
-    from math_verify import verify
-    if HEAVY.search(answer) or HEAVY.search(truth):
+    if FOREIGN.search(answer) or FOREIGN.search(truth):
         return False
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)     # it logs whole responses
     seconds = 2 if threading.current_thread() is threading.main_thread() else None      # an alarm signal: only a main thread can get it
     try:
-        if "=" in answer:       # math-verify compares solutions, and two equations without any compare as equal
+        if "=" in answer + truth:       # math-verify compares solutions, and two equations without any compare as equal
             left, right = (parse_math("{}-({})".format(*text.split("=")), seconds) for text in (answer, truth))
             ratio = sympy.cancel(left / right)
             return bool(ratio.is_number and ratio.is_finite and ratio != 0)
-        return bool(verify([parse_math(truth, seconds)], [parse_math(answer, seconds)], timeout_seconds=seconds))   # truth first: not symmetric
-    except PARSER_ERRORS:
+        return math_verify.verify(parse_math(truth, seconds), parse_math(answer, seconds), timeout_seconds=seconds)     # truth first: not symmetric
+    except NOT_MATHS:
         return False
 
 
 # The three together.
-
-
 def plain(text):
     """For comparing words: no case, no article, no space except between digits."""
     return re.sub(r"^(an?|the) |\s(?!\d)|(?<!\d)\s", "", text.casefold())
 
 
-def same(answer, truth, depth=0):
+def same(answer, truth):
     """Do two normalised answers mean the same?"""
     numbers = as_number(answer), as_number(truth)
     if None not in numbers:
         return numbers[0] == numbers[1]
     if plain(answer) == plain(truth):
         return answer != ""
-    if not answer or not truth or depth > 4:
+    (left, _, right), (true_left, _, true_right) = answer.rpartition("="), truth.rpartition("=")
+    is_name = re.fullmatch(r"\\?[a-zA-Z]+(_\{?\w+\}?)?\s*(\([^=]*\))?\s*", left + true_left)
+    if plain(left) == plain(true_left) != "" or is_name and "" in (left, true_left):
+        return same(right.strip(), true_right.strip())      # x = 5 is 5 and f(x) = 2x is 2x, but 7 = 2x is not 2x
+    (brackets, items), (true_brackets, true_items) = as_items(answer), as_items(truth)
+    if brackets != true_brackets or len(items) != len(true_items):
         return False
-    # x = 5 is 5, and f(x) = 2x is 2x, but 7 = 2x is not 2x
-    (left, *right), (true_left, *true_right) = split_top(answer, "="), split_top(truth, "=")
-    name = r"\\?[a-zA-Z]+(_\{?\w+\}?)?\s*(\([^=]*\))?"
-    if len(right) == len(true_right) == 1:
-        return plain(left) == plain(true_left) and same(right[0], true_right[0], depth + 1) or same_value(answer, truth)
-    if len(right) == 1 and not true_right and re.fullmatch(name, left):
-        return same(right[0], truth, depth + 1)
-    if len(true_right) == 1 and not right and re.fullmatch(name, true_left):
-        return same(answer, true_right[0], depth + 1)
-    if (right or true_right) and "," not in answer + truth:
-        return False
-    ours, theirs = as_collection(answer), as_collection(truth)
-    if ours and theirs:
-        (kind, items), (true_kind, true_items) = ours, theirs
-        if kind != true_kind or len(items) != len(true_items) or len(items) > 30:
-            return False
-        if not kind.endswith("set"):
-            return all(same(a, t, depth + 1) for a, t in zip(items, true_items))
-        for true_item in true_items:            # every item of the truth takes one of the answer's away
-            match = next((item for item in items if same(item, true_item, depth + 1)), None)
-            if match is None:
-                return False
-            items.remove(match)
-        return True
-    if (ours or theirs) and "matrix" not in (ours or theirs)[0]:
-        return False
-    choices = [re.fullmatch(r"\(?([a-zA-Z])\)?", text) for text in (answer, truth)]
-    if all(choices):
-        return choices[0][1].casefold() == choices[1][1].casefold()
-    if any(re.search(rf"\d_|\d\s*:\s*\d|(?<![\\a-zA-Z]){NO_FUNCTION}[a-zA-Z]{{4,}}", text) for text in (answer, truth)):
-        based = [re.sub(r"[{}\s]", "", text) for text in (answer, truth)]       # 506_7; 3:5; words
-        return based[0] == based[1]
+    if brackets:
+        return all(same(a, t) for a, t in zip(items, true_items))
+    if len(items) > 1:
+        return all(any(same(a, t) for a in items) for t in true_items) and all(any(same(a, t) for t in true_items) for a in items)
     return same_value(answer, truth)
 
 
@@ -610,22 +545,12 @@ def grade(answer, truth):
     return same(normalize_answer(answer), normalize_answer(truth))
 
 
-# The rewards.
-
-
 def extract_answer(response):
-    """What stands between the answer tags of a response in the r1_zero format, or None.
-
-    >>> extract_answer(" 7+5=12 </think> <answer> 12 </answer>")
-    '12'
-
-    The format is the handout's, `</think> <answer>` … `</answer>`, with each tag exactly once and nothing after the end.
-    """
+    """The answer in " 7+5=12 </think> <answer> 12 </answer>", here "12"; None but for this format, each tag once and nothing after the end."""
     if any(response.count(tag) != 1 for tag in ("</think>", "<answer>", "</answer>")):
         return None
-    _, _, after = response.partition("</think> <answer>")
-    answer, end, rest = after.partition("</answer>")
-    return answer.strip() if end and not rest.strip() else None
+    match = re.search(r"</think> <answer>(.*)</answer>\s*$", response, re.DOTALL)
+    return match[1].strip() if match else None
 
 
 def score(answer, truth):
@@ -655,8 +580,9 @@ def reward_fn_and_stop(prompt_name):
 
 
 # Grading a batch, in worker processes: sympy can hang in C code, where no signal reaches it, or take all memory. A process can be killed.
-DEADLINE = 6.0              # seconds: half for a chunk of responses together, half for each response of a chunk that failed
+DEADLINE = 3.0              # seconds for one response
 WORKER_MEMORY = 2 << 30     # bytes that a worker may take
+say_once = functools.cache(print)       # what was printed once is not printed again
 
 
 def start_worker():
@@ -673,7 +599,6 @@ def start_worker():
 @functools.cache
 def grading_pool():
     """The worker processes, started once. They wait while the model computes, and end with this process."""
-    import math_verify      # noqa: F401 (imported before the fork, the workers share it)
     pebble.CONSTS.term_timeout = 0.1        # seconds from SIGTERM, which the workers ignore, to SIGKILL
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = pebble.ProcessPool(max_workers=max(1, min(os.cpu_count() // world_size(), 16)), initializer=start_worker, context=context)
@@ -681,35 +606,20 @@ def grading_pool():
     return pool
 
 
-def grade_chunk(reward_fn, pairs):
-    """The reward dicts of some (response, truth) pairs; runs in a worker."""
-    return [reward_fn(response, truth) for response, truth in pairs]
-
-
-@functools.cache
-def can_be_pickled(reward_fn):
-    """Can it go to a worker? If not, says so, once."""
+def grade_pairs(reward_fn, pairs):
+    """The reward dict of each (response, truth) pair; the error's text for one whose grading crashed, raised or exceeded DEADLINE."""
     try:
         pickle.dumps(reward_fn)
     except (pickle.PicklingError, AttributeError, TypeError):
-        print(f"{getattr(reward_fn, '__name__', reward_fn)} cannot be pickled: it grades in this process, without a deadline", flush=True)
-        return False
-    return True
-
-
-def grade_pairs(reward_fn, pairs, size=32):
-    """The reward dict of each (response, truth) pair; the error's text for one whose grading crashed, raised or exceeded DEADLINE."""
-    if not can_be_pickled(reward_fn):
-        return grade_chunk(reward_fn, pairs)
-    if not grading_pool().active:       # a worker that had no work was killed, and with it the pool
-        grading_pool.cache_clear()
-    chunks = [pairs[i:i + size] for i in range(0, len(pairs), size)]
-    rewards = []
-    for chunk, future in [(chunk, grading_pool().schedule(grade_chunk, args=(reward_fn, chunk), timeout=DEADLINE / 2)) for chunk in chunks]:
-        if future.exception() is None:
-            rewards += future.result()
-        else:       # once more one by one, so that only the response at fault loses its reward
-            rewards += grade_pairs(reward_fn, chunk, size=1) if size > 1 else [repr(future.exception())]
+        say_once(f"{getattr(reward_fn, '__name__', reward_fn)} cannot be pickled: it grades in this process, without a deadline", flush=True)
+        return [reward_fn(response, truth) for response, truth in pairs]
+    for _ in range(2):                          # twice where a worker that had no work was killed, and with it the pool
+        if not grading_pool().active:
+            grading_pool.cache_clear()
+        futures = [grading_pool().schedule(reward_fn, args=pair, timeout=DEADLINE) for pair in pairs]
+        rewards = [repr(future.exception()) if future.exception() else future.result() for future in futures]
+        if grading_pool().active:
+            break
     return rewards
 
 
@@ -760,20 +670,15 @@ def read_jsonl(path, required, may_be_blank=None):
 
 
 def load_problems(path, prompt_name):
-    """Problems {"problem", "answer", "prompt", …} of a JSON-lines file; a problem is {"problem": str, "answer": str, …}.
-
-    A problem whose answer nothing could equal is reported and left out.
-    """
+    """Problems {"problem", "answer", "prompt", …} of a JSON-lines file. One whose answer nothing could equal is reported and left out."""
     records = read_jsonl(path, [("problem", "answer")], may_be_blank="answer")
-    usable = {answer for answer in {record["answer"] for record in records} if grade(answer, answer)}
-    problems, unusable = ([record for record in records if (record["answer"] in usable) == wanted] for wanted in (True, False))
-    for record in unusable[:5]:
-        print(f"{path}, line {record['line']}: left out, since its answer {record['answer'][:60]!r} is empty, but for spelling")
-    if unusable:
-        print(f"{path}: {len(unusable)} of {len(problems) + len(unusable)} problems left out")
+    problems = [record | {"prompt": format_prompt(prompt_name, record["problem"])} for record in records if normalize_answer(record["answer"])]
+    unusable = [str(record["line"]) for record in records if not normalize_answer(record["answer"])]
     if not problems:
         raise UserError(f"{path}: no problem has a usable answer")
-    return [problem | {"prompt": format_prompt(prompt_name, problem["problem"])} for problem in problems]
+    if unusable:
+        print(f"{path}, line {', '.join(unusable)}: left out, since the answer is empty but for spelling; {len(unusable)} of {len(records)} problems")
+    return problems
 
 
 def load_traces(path, prompt_name, reward_fn):

@@ -376,7 +376,7 @@ def test_problems_without_a_usable_answer_are_reported_and_left_out(tmp_path, ca
     path.write_text("".join(json.dumps({"problem": f"{i}?", "answer": a}) + "\n" for i, a in enumerate(["2", " ", r"\text{}", "$$", "3"])))
     assert [p["answer"] for p in align.load_problems(path, "tiny")] == ["2", "3"]
     printed = capsys.readouterr().out
-    assert f"{path}, line 2: left out" in printed and "3 of 5 problems left out" in printed
+    assert f"{path}, line 2, 3, 4: left out" in printed and "3 of 5 problems" in printed
 
 
 @hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
