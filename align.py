@@ -428,9 +428,8 @@ SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in (
     (r"(?<=[^\s,(])\s*\\(text\w*|mbox|mathrm)\s*\{(?!\s*(and|or)\b)[^{}]*\}\s*(\^\s*\{?\d+\}?)?\s*[.]?\s*$", ""),   # 12\text{ cm}^2
     (r"\\(text\w*|mbox|math(rm|bf|it)|operatorname)\s*\{([^{}]*)\}", r" \3 "),
     (rf"^(\s*[-+]?[\d.,/]+|.*\}}|.*\\pi)\s+{WORD}[a-zA-Z]+\.?(?: [a-zA-Z ,'.-]*)?(\^\s*\{{?\d+\}}?)?\s*$", r"\1"),  # 12 square cm
-    (r",?\s+(and|or)\s+", ", "), (r"(?<![\w.}/^])(\d+)\s*/\s*(\d+)(?![\d./])", r"\\frac{\1}{\2}"),          # 3/4\pi is \frac{3}{4}\pi
+    (r",?\s+(and|or)\s+", ", "), (r"(?<![\w.}/^])(\d+)\s*/\s*(\d+)(?![\d/]|\.\d)", r"\\frac{\1}{\2}"),          # 3/4\pi is \frac{3}{4}\pi
     (r"\s+", " "), (r"\. ?$| (?=[,)\]}])|(?<=[,(\[{]) ", ""), (r"(\d) ?_ ?\{(\d+)\}", r"\1_\2"),              # 506_{7}
-    (r"^10(?= ?\^)", r"1\\times 10"), (r"^ ?([-+]?[\d.]+) ?(\\times|\\cdot|\*) ?10 ?\^ ?\{?([-+]?\d{1,3})\}? ?$", r"\1e\3"),
 )]
 
 
@@ -464,7 +463,8 @@ def normalize_answer(text):
 
 # Step 2: what can be decided exactly.
 def as_number(text):
-    r"""The exact value of a plain number, as 1234.5, \frac{3}{4}, 1\frac{3}{4} or 2.5e-3; else None."""
+    r"""The exact value of a plain number, as 1234.5, \frac{3}{4}, 1\frac{3}{4}, 2.5e-3, 2.5\times 10^{-3} or 10^6; else None."""
+    text = re.sub(r"(^|^([-+]?[\d.]+) ?(\\times|\\cdot|\*) ?)10 ?\^ ?\{?([-+]?\d{1,3})\}?$", lambda match: f"{match[2] or 1}e{match[4]}", text)
     mixed = re.fullmatch(r"([+-]?) ?(\d*) ?\\frac\{([+-]?\d+)\}\{0*([1-9]\d*)\}", text)
     if mixed:
         return int(mixed[1] + "1") * (int(mixed[2] or 0) + Fraction(int(mixed[3]), int(mixed[4])))
@@ -533,9 +533,14 @@ def same(answer, truth):
         return False
     if brackets:
         return all(same(a, t) for a, t in zip(items, true_items))
-    if len(items) > 1:
-        return all(any(same(a, t) for a in items) for t in true_items) and all(any(same(a, t) for t in true_items) for a in items)
-    return same_value(answer, truth)
+    if len(items) == 1:
+        return same_value(answer, truth)
+    for true_item in true_items:            # a list has no order: every item of the truth takes one of the answer's away
+        match = next((item for item in items if same(item, true_item)), None)
+        if match is None:
+            return False
+        items.remove(match)
+    return True
 
 
 def grade(answer, truth):
