@@ -141,9 +141,9 @@ def out_of_memory(error):
 def one_sentence(program):
     """What goes wrong inside and is not the program's own fault ends it with one sentence on stderr and an exit code, not with a traceback."""
     handlers = [(signum, signal.getsignal(signum)) for signum in (signal.SIGINT, signal.SIGTERM)]       # stop_on_signals changes them
+    message = None
     try:
         yield
-        return
     except UserError as error:
         message, code = str(error), 2
     except OSError as error:                    # no space, no permission, a folder that vanished
@@ -159,14 +159,16 @@ def one_sentence(program):
     except KeyboardInterrupt:
         message, code = "interrupted; what was saved before is intact", 130
     finally:
+        if message:
+            if int(os.environ.get("RANK", 0)) > 0:      # rank 0 speaks for all; what another one has to say is heard where rank 0 lives on
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)       # which torchrun sends as soon as a rank has ended
+                time.sleep(2)
+            sys.stdout.flush()
+            print(f"{program}: {message}", file=sys.stderr, flush=True)
         for handler in handlers:
             signal.signal(*handler)
-    if int(os.environ.get("RANK", 0)) > 0:      # rank 0 speaks for all; what another one has to say is heard where rank 0 lives on
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)       # which torchrun sends as soon as a rank has ended
-        time.sleep(2)
-    sys.stdout.flush()
-    print(f"{program}: {message}", file=sys.stderr, flush=True)
-    sys.exit(code) if world_size() == 1 else os._exit(code)       # at once: the others may wait for this one for ever
+    if message:
+        sys.exit(code) if world_size() == 1 else os._exit(code)       # at once: the others may wait for this one for ever
 
 
 def use_hub_or_cache():

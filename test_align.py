@@ -1418,8 +1418,24 @@ def test_run_does_not_depend_on_the_number_of_ranks_and_is_resumed_with_another(
             shutil.rmtree(tmp_path / target / f"checkpoint_step_{later}")
 
     as_if_killed_after(1, "one", "two")
+    script = tmp_path / "stopped.py"            # a scheduler stops torchrun in the first update
+    script.write_text(f"""if True:
+        import os, signal, sys, time
+        sys.path.insert(0, {str(ROOT)!r})
+        import align
+        real = align.optimizer_step
+        def optimizer_step(run, *rest):
+            if os.environ["RANK"] == "0" and not run.signal:
+                os.kill(os.getppid(), signal.SIGTERM)
+                while not run.signal:
+                    time.sleep(0.01)
+            return real(run, *rest)
+        align.optimizer_step = optimizer_step
+        align.main()""")
+    done = torchrun(2, script, "--algo", "grpo", "--resume", "--output_dir", tmp_path / "two", code=1)
+    assert done.stdout.count("stopped after step 2, as SIGTERM asked for") == 1 and "step    3/4" not in done.stdout
     done = torchrun(2, "align.py", "--algo", "grpo", "--resume", "--output_dir", tmp_path / "two")
-    assert done.stdout.count("done: accuracy") == 1 and done.stdout.count("step    2/4") == 1           # rank 0 alone speaks
+    assert done.stdout.count("done: accuracy") == 1 and done.stdout.count("step    3/4") == 1           # rank 0 alone speaks
     as_if_killed_after(3, "two", "one again")
     align.main(["--algo", "grpo", "--resume", "--output_dir", str(tmp_path / "one again")])
     names = ("one", "two", "one again")
