@@ -1252,6 +1252,23 @@ def test_run_killed_at_any_moment_and_resumed_is_the_uninterrupted_run_bit_for_b
     assert twice == 128 + signal.SIGINT and at_once
 
 
+@needs_vllm
+def test_run_with_vllm_killed_and_resumed_is_the_uninterrupted_run_bit_for_bit(embedded, tmp_path):
+    argv = ["--algo", "grpo", "--preset", "tiny", "--sampler", "vllm", "--n_grpo_steps", 3, "--rollout_batch_size", 32, "--train_batch_size", 32,
+            "--validation_size", 16, "--save_frequency", 1]
+    align_command(*argv, "--output_dir", tmp_path / "whole")
+    run = subprocess.Popen([sys.executable, "align.py", *map(str, argv), "--output_dir", tmp_path / "killed"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "killed/checkpoint_step_1").exists() and run.poll() is None:
+        time.sleep(0.01)
+    run.kill()
+    assert run.wait() == -signal.SIGKILL
+    align_command("--algo", "grpo", "--resume", "--output_dir", tmp_path / "killed")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert without_times(metrics_of(killed)) == without_times(metrics_of(whole))
+    for name in ("samples.jsonl", "final_model/model.safetensors"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
 def test_run_passes_over_a_damaged_checkpoint_and_saves_it_again(embedded, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     small_grpo(tmp_path / "whole", "--save_frequency", 1)
