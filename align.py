@@ -1118,7 +1118,7 @@ class TorchSampler:
         draws = torch.cat([torch.rand(n, max_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         draws = draws.to(device).clamp(max=1 - 1e-6)
         # Only a token that holds the stop string's last character can complete it; the text is looked at after those alone.
-        may_stop = torch.zeros(len(self.model.get_output_embeddings().weight), dtype=torch.bool, device=device)     # rarely as many as the tokenizer's
+        may_stop = torch.zeros(len(self.model.get_output_embeddings().weight), dtype=torch.bool, device=device)     # rarely len(tokenizer)
         may_stop[[i for i, string in enumerate(self.token_strings[:len(may_stop)]) if stop and stop[-1] in (string or "")]] = True
         shared = SharedPrompts(self.model, prompt_ids, tokens_at_a_time=4096)       # activations take memory
         rows = torch.arange(len(prompt_ids) * n, device=device)             # which response each row of the batch holds
