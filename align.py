@@ -1601,6 +1601,8 @@ def start_training(args):
     run.optimizer = torch.optim.AdamW(run.model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     if checkpoint:
         saved = torch.load(checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True, mmap=True)
+        if "log_sizes" not in saved:
+            raise UserError(f"{checkpoint} was written by an earlier align.py, whose runs this one cannot resume")
         run.first_step, run.log_sizes, state = saved["step"] + 1, saved["log_sizes"], saved["optimizer"]
         for i, parameter in enumerate(run.optimizer.param_groups[0]["params"]):
             if isinstance(parameter, DTensor) and i in state:       # each rank takes its shards; no state before the first update
