@@ -326,8 +326,8 @@ def read_settings(folder):
     """The settings of the run that a folder holds; {} where it was stopped before it wrote any."""
     path = Path(folder, "args.json")
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read, so that the run cannot be resumed: {reason(error)}") from error
 
 
@@ -375,10 +375,10 @@ def parse_args(argv):
                                  ("advantage_eps", baseline and values["use_std_normalization"], "with --use_std_normalization")):
         if flag in typed and not is_used:
             raise UserError(f"--{flag} is only used {where}")
-    for whole, part in (("train_batch_size", "gradient_accumulation_steps"), ("rollout_batch_size", "group_size"),
+    for total, part in (("train_batch_size", "gradient_accumulation_steps"), ("rollout_batch_size", "group_size"),
                         ("rollout_batch_size", "train_batch_size")):
-        if algo in users[whole] and algo in users[part] and values[part] and values[whole] % values[part]:
-            raise UserError(f"--{part} {values[part]} does not divide --{whole} {values[whole]}")
+        if algo in users[total] and algo in users[part] and values[part] and values[total] % values[part]:
+            raise UserError(f"--{part} {values[part]} does not divide --{total} {values[total]}")
     if args.sampling_min_tokens > args.sampling_max_tokens:
         raise UserError(f"--sampling_min_tokens {args.sampling_min_tokens} is above --sampling_max_tokens {args.sampling_max_tokens}")
     if baseline and "group_size" in args and args.group_size == 1:
@@ -679,12 +679,12 @@ def read_jsonl(path, required, may_be_blank=None):
 def load_problems(path, prompt_name):
     """Problems {"problem", "answer", "prompt", …} of a JSON-lines file. One whose answer nothing could equal is reported and left out."""
     records = read_jsonl(path, [("problem", "answer")], may_be_blank="answer")
-    problems = [record | {"prompt": format_prompt(prompt_name, record["problem"])} for record in records if normalize_answer(record["answer"])]
-    unusable = [str(record["line"]) for record in records if not normalize_answer(record["answer"])]
+    unusable = [record["line"] for record in records if not normalize_answer(record["answer"])]
+    problems = [record | {"prompt": format_prompt(prompt_name, record["problem"])} for record in records if record["line"] not in unusable]
     if not problems:
         raise UserError(f"{path}: no problem has a usable answer")
     if unusable:
-        print(f"{path}, line {', '.join(unusable)}: left out, since the answer is empty but for spelling; {len(unusable)} of {len(records)} problems")
+        print(f"{path}, line {', '.join(map(str, unusable))}: left out, since the answer is empty but for spelling; {len(unusable)} of {len(records)} problems")
     return problems
 
 
@@ -944,8 +944,15 @@ def compute_group_normalized_rewards(reward_fn, rollout_responses, repeated_grou
     return advantages.flatten(), raw_rewards, means | {"equal_reward_groups": int(equal.sum()), "grading_timeouts": failed, "rewards": rewards}
 
 
+def require_column(weights):
+    """Raises ValueError unless the per-sequence weights are (B, 1): (B,) would spread over the tokens."""
+    if weights.ndim != 2 or weights.shape[1] != 1:
+        raise ValueError(f"rewards and advantages are (B, 1), one per sequence, not {tuple(weights.shape)}")
+
+
 def compute_naive_policy_gradient_loss(raw_rewards_or_advantages, policy_log_probs):
     """−A · log π per token, (B, T), of advantages (B, 1): its gradient is REINFORCE's, the score function weighted by the advantage."""
+    require_column(raw_rewards_or_advantages)
     return -raw_rewards_or_advantages * policy_log_probs
 
 
@@ -956,6 +963,7 @@ def compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprang
     Args: advantages (B, 1); both log-probs (B, T), the old ones without a gradient; cliprange ε.
     Returns (loss, metadata): "clipped" (B, T) is true where the clipped branch decided.
     """
+    require_column(advantages)
     ratio = torch.exp(policy_log_probs - old_log_probs)
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - cliprange, 1 + cliprange) * advantages
     return -torch.minimum(unclipped, clipped), {"clipped": clipped.detach() < unclipped.detach()}
@@ -969,7 +977,7 @@ def compute_policy_gradient_loss(policy_log_probs, loss_type, raw_rewards=None, 
         grpo_clip                 −min(ρA, clip(ρ, 1−ε, 1+ε)A)        several updates per rollout batch, kept close to π_old
         grpo_no_clip              −ρA                                 the same without the bound
 
-    Raises ValueError for an unknown type, a missing argument, and rewards or advantages of shape (B,), which would spread over the tokens.
+    Raises ValueError for an unknown type, a missing argument, and rewards or advantages that are not (B, 1).
     """
     needs = {"no_baseline": dict(raw_rewards=raw_rewards), "reinforce_with_baseline": dict(advantages=advantages),
              "grpo_clip": dict(advantages=advantages, old_log_probs=old_log_probs, cliprange=cliprange),
@@ -979,11 +987,8 @@ def compute_policy_gradient_loss(policy_log_probs, loss_type, raw_rewards=None, 
     missing = [name for name, value in needs[loss_type].items() if value is None]
     if missing:
         raise ValueError(f"loss_type {loss_type} needs {', '.join(missing)}")
-    weights = raw_rewards if loss_type == "no_baseline" else advantages
-    if weights.ndim != 2 or weights.shape[1] != 1:
-        raise ValueError(f"rewards and advantages are (B, 1), one per sequence, not {tuple(weights.shape)}")
     if loss_type in ("no_baseline", "reinforce_with_baseline"):
-        return compute_naive_policy_gradient_loss(weights, policy_log_probs), {}
+        return compute_naive_policy_gradient_loss(raw_rewards if loss_type == "no_baseline" else advantages, policy_log_probs), {}
     return compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange if loss_type == "grpo_clip" else math.inf)
 
 
@@ -1381,9 +1386,10 @@ def plot_runs(runs, path, against="step"):
               "token entropy (nats)": ("token_entropy",), "response length (tokens)": ("response_length", "eval_response_length")}
     figure = Figure(figsize=(7, 9), layout="constrained")
     axes = figure.subplots(len(panels), sharex=True)
+    metrics = {label: [record for folder in folders for record in read_metrics(folder)] for label, folders in runs.items()}
     for axis, (title, names) in zip(axes, panels.items()):
         for label, folders in runs.items():
-            records = [record for folder in folders for record in read_metrics(folder) if lookup(record, names) is not None]
+            records = [record for record in metrics[label] if lookup(record, names) is not None]
             at_step = [[record for record in records if record["step"] == step] for step in sorted({record["step"] for record in records})]
             values = [[lookup(record, names) for record in some] for some in at_step]
             means = [statistics.fmean(some) for some in values]
@@ -1417,6 +1423,13 @@ def remove(path):
     shutil.rmtree(path.rename(f"{path}.removed.partial"))
 
 
+def flush(path):
+    """Returns when the disk has a file, or the list of a folder's files."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
 def save_checkpoint(path, model, tokenizer, optimizer=None, step=None):
     """Writes a Hugging Face folder, which from_pretrained and `vllm serve` open, with the trainer's state and SHA256SUMS (for `sha256sum -c`):
     aside, flushed to the disk, then renamed. Raises UserError where it cannot be written; what was saved before is not touched."""
@@ -1438,12 +1451,11 @@ def save_checkpoint(path, model, tokenizer, optimizer=None, step=None):
             torch.save({"optimizer": state, "step": step, "log_sizes": log_sizes}, partial / "trainer_state.pt")
         (partial / "SHA256SUMS").write_text("".join(f"{sha256(file)}  {file.name}\n" for file in sorted(partial.iterdir())))
         for file in (*partial.iterdir(), partial, *logs):
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            flush(file)
         if path.exists():       # and is damaged
             remove(path)
         os.replace(partial, path)
+        flush(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:       # safetensors and torch.save do not raise OSError on a full disk
         free = shutil.disk_usage(path.parent).free / 1e6
         shutil.rmtree(partial, ignore_errors=True)

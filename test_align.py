@@ -668,6 +668,10 @@ def test_missing_arguments_wrong_types_and_wrong_shapes_are_refused():
     for loss_type in align.LOSS_TYPES:          # (3,) against (3, 3) would silently weigh tokens instead of sequences
         with pytest.raises(ValueError, match=r"\(B, 1\)"):
             align.compute_policy_gradient_loss(log_probs, loss_type, torch.zeros(3), torch.zeros(3), log_probs, 0.2)
+    with pytest.raises(ValueError, match=r"\(B, 1\)"):
+        align.compute_naive_policy_gradient_loss(torch.zeros(3), log_probs)
+    with pytest.raises(ValueError, match=r"\(B, 1\)"):
+        align.compute_grpo_clip_loss(torch.zeros(3), log_probs, log_probs, 0.2)
 
 
 def test_equal_rewards_give_exactly_zero_gradient():
