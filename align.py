@@ -4,8 +4,9 @@
     python align.py --algo grpo         # make it better; sft and ei do it in other ways
     python align.py --algo grpo --model sft_output/final_model
 
-The same code trains a tiny model on arithmetic, on a CPU in minutes (--preset tiny), and Qwen2.5-Math-1.5B on MATH, on
-an 80 GB GPU (--preset math). Sections 5 to 7 have the names and signatures of Stanford CS336's assignment 5.
+The same code trains a tiny model on arithmetic, on a CPU in minutes (--preset tiny), and is written for
+Qwen2.5-Math-1.5B on MATH, on an 80 GB GPU (--preset math). Sections 5 to 7 have the names and signatures of the handout
+of Stanford CS336's assignment 5.
 
 Symbols:  B sequences in a batch    T tokens (labels: shifted by one)     V vocabulary
           G rollouts per prompt     N rollouts per step = prompts × G
@@ -77,6 +78,11 @@ def short_message(error):
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+# Many GPUs: `torchrun --nproc_per_node N align.py …` starts N of these programs, the ranks. Each samples, grades and
+# trains on its share of the work and holds its share of the weights (`shard`, section 6).
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 @contextlib.contextmanager
 def exit_cleanly(program):
     """What the user can mend ends the program in one sentence instead of a traceback."""
@@ -88,18 +94,13 @@ def exit_cleanly(program):
             if not re.search("out of memory|can't allocate memory", message):
                 raise
             message = "out of memory; --tokens_per_microbatch bounds training, --sampler_batch_size sampling"
-        if RANK > 0:    # rank 0 speaks for all, unless this one lives on
+        if RANK > 0:    # rank 0 speaks for all: if it failed, too, torchrun ends this rank while it waits
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(2)
         sys.stdout.flush()
         print(f"{program}: {message}. What was saved before is intact.", file=sys.stderr)
         leave = os._exit if WORLD_SIZE > 1 else sys.exit    # the other ranks may wait for it
         leave(130 if isinstance(error, KeyboardInterrupt) else 2)
-
-
-# Many GPUs: `torchrun --nproc_per_node N align.py …` starts N of these programs, the ranks. Each samples, grades and
-# trains on its share of the work and holds its share of the weights (`shard`, section 6).
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def all_gather(value):
@@ -378,18 +379,21 @@ def grade(answer, truth):
     if max(len(answer), len(truth)) > 400:          # longer than any answer: not worth the risk
         return answer.strip() == truth.strip() != ""
     answer, truth = normalize_answer(answer), normalize_answer(truth)
+    if "" in (answer, truth):
+        return False
     if answer.count("=") != truth.count("="):       # f(x) = 2x is 2x, but 7 = 2x is not
         name = r"^\\?[a-zA-Z]+(_\w)?\s*(\([^=]*\))?\s*=\s*"
         answer, truth = re.sub(name, "", answer), re.sub(name, "", truth)
     if word_key(answer) == word_key(truth):
-        return answer != ""
+        return True
     if all(re.fullmatch(r"[+-]?\d+(/0*[1-9]\d*)?", text) for text in (answer, truth)):
         return Fraction(answer) == Fraction(truth)
     if any(UNSAFE_FOR_SYMPY.search(text) for text in (answer, truth)):
         return False
     relations = [re.search(r"[<>]|\\[lg]e", text) is not None for text in (answer, truth)]
+    # Both have the same shape and are of one kind, or neither, as x > 5 and (5,\infty).
     if (bracket_shape(answer) == bracket_shape(truth)) != (relations[0] == relations[1]):
-        return False                                # x > 5 is (5,\infty), else the shape counts
+        return False
     try:
         if "=" in answer + truth and "," not in answer + truth:     # is one equation a multiple of the other?
             answer, truth = (parse_latex("{}-({})".format(*text.split("=", 1))) for text in (answer, truth))
@@ -853,7 +857,7 @@ def grpo_microbatch_train_step(
 
 
 def seed_for(seed, step, purpose):
-    """A seed for one draw: step k depends on weights, optimizer state, seed and k alone."""
+    """A seed for one draw. There is no generator whose state a checkpoint would have to hold."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{purpose}".encode()).digest()[:7], "big")
 
 
@@ -875,12 +879,12 @@ def autocast(args):
 class PrefixCache:
     """Keys and values while P prompts get n equally long responses each; a prompt's stand here once."""
 
-    def __init__(self, n, lengths):
-        self.n, self.t = n, 0           # t: tokens that the responses have so far
+    def __init__(self, n, prompt_lengths):
+        self.n, self.t = n, 0           # t: the place of the responses' newest token
         self.prompts = {}               # layer: keys and values, (P, kv_heads, longest, D)
         self.responses = {}             # layer: the same, (2, P, kv_heads, n, room, D)
-        columns = torch.arange(int(lengths.max()), device=lengths.device)
-        self.padding = (columns >= lengths[:, None])[:, None, None, None]      # (P, 1, 1, 1, longest)
+        columns = torch.arange(int(prompt_lengths.max()), device=prompt_lengths.device)
+        self.padding = (columns >= prompt_lengths[:, None])[:, None, None, None]      # (P, 1, 1, 1, longest)
 
     def attend(self, layer, query, key, value, scaling):
         """Attention of the responses' newest tokens: (1, heads, P·n, D) -> (1, P·n, heads, D)."""
@@ -951,8 +955,8 @@ class TorchSampler:
                     self.generate(prompt_ids[i:i + size], n, seeds[i:i + size], *settings)]
         device, eos = self.model.device, self.tokenizer.eos_token_id
         completes = stop and StopStringCriteria(self.tokenizer, [stop])
-        # Token t of response i is where draws[i, t] falls in the cumulated distribution. So it
-        # depends on its prompt's seed and on i and t alone, not on what shares its batch.
+        # A response's token t is where its draws[t] falls in the cumulated distribution. So it depends on
+        # its prompt's seed and its number among the prompt's responses, not on what shares its batch.
         draws = [torch.rand(n, max_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
         draws = torch.cat(draws).to(device).clamp(max=1 - 1e-6)
         ids, log_probs = torch.zeros_like(draws, dtype=torch.long), torch.zeros_like(draws)
@@ -1044,7 +1048,7 @@ class VLLMSampler:
         params = [SamplingParams(
             seed=seed, temperature=temperature, max_tokens=max_tokens, min_tokens=min_tokens, logprobs=0,
             stop=stop, include_stop_str_in_output=True, stop_token_ids=[self.tokenizer.eos_token_id],
-            ignore_eos=True) for seed in seeds]         # the model's own list of ends
+            ignore_eos=True) for seed in seeds]         # of the model's own list of ends
         requests, rollouts = self.llm.generate(prompts, params, use_tqdm=False), []
         if self.sleeps:
             self.llm.sleep(level=2)                     # drops the weights: each sync brings new ones
@@ -1080,11 +1084,11 @@ GAP_LIMITS = {"float32": (1e-3, 1e-2), "bfloat16": (0.2, math.inf)}
 
 
 def check_sampler(run, rollouts, temperature):
-    """(mean, max) of |log π − log π_sampler| over the tokens of a few rollouts, in nats."""
+    """(mean, max) of |log π − log π_sampler| over the tokens, in nats; UserError where it is too large."""
     prompt_ids, response_ids = zip(*((r.prompt_ids, r.response_ids) for r in rollouts))
     with torch.no_grad(), autocast(run.args):
         ours, _, mask = get_packed_log_probs(run.model, prompt_ids, response_ids, temperature)
-    mask[:, :run.args.sampling_min_tokens] = False      # EOS is banned there, as vLLM's know
+    mask[:, :run.args.sampling_min_tokens] = False      # vLLM's are those after the ban of EOS
     gaps = (ours - pad_log_probs(rollouts).to(ours.device))[mask].abs()
     mean, largest = (gaps.mean().item(), gaps.max().item()) if len(gaps) else (0.0, 0.0)
     limits = GAP_LIMITS["bfloat16" if run.args.device == "cuda" else run.args.dtype]
@@ -1109,7 +1113,8 @@ def sample(run, problems, n, step, purpose, temperature):
     run.sampler.load_weights(run.model)
     rollouts = sum(map_over_ranks(sample_share, range(len(problems))), [])
     if temperature > 0:
-        mean, largest = check_sampler(run, rollouts[::n][:max(4, WORLD_SIZE)], temperature)
+        few = rollouts[::n][:max(4, WORLD_SIZE)]        # at least one of each rank's sampler
+        mean, largest = check_sampler(run, few, temperature)
         run.log(f"{purpose}/sampler_gap", mean)
         run.log(f"{purpose}/sampler_gap_max", largest)
     lengths = [len(rollout.response_ids) for rollout in rollouts]
@@ -1126,7 +1131,7 @@ def lenient_reward_fn(response, ground_truth):
     """1 where the right answer is in the last tag, box or number, whatever the format around it.
     For evaluation: a rise in accuracy that this does not share is a gain in format alone."""
     end = response[-2000:]
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", end)
+    numbers = re.findall(r"(?<!\d)-?\d(?:[\d,]*\d)?(?:\.\d+)?(?:/\d+)?", end)
     tags = [part.partition("</answer>")[0] for part in end.split("<answer>")[1:]]
     candidates = [*numbers[-1:], *tags[-1:], last_boxed(end)]
     right = float(any(grade(candidate, ground_truth) for candidate in filter(None, candidates)))
@@ -1211,7 +1216,7 @@ class Run:
         """{name: mean} of what was logged since the last call; every rank logs the same names."""
         sums, self.sums = self.sums, {}
         gathered = all_gather({name: (float(total), count) for name, (total, count) in sums.items()})
-        sums = {name: [sum(pair) for pair in zip(*(sums[name] for sums in gathered))] for name in sums}
+        sums = {name: [sum(pair) for pair in zip(*(one[name] for one in gathered))] for name in sums}
         return {name: total / count for name, (total, count) in sums.items() if count}
 
 
@@ -1316,13 +1321,14 @@ def save_checkpoint(run, path, step):
 
 def checkpoints(folder):
     """The folder's checkpoints, newest first."""
-    return sorted(Path(folder).glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
+    return sorted(Path(folder).glob("checkpoint-[0-9]*"), key=lambda path: -int(path.name.split("-")[1]))
 
 
 def open_output_dir(args, step):
     """Makes output_dir. --overwrite removes a run in it, --resume cuts its logs back to this step."""
     folder = Path(args.output_dir)
-    names = ("args.json", "*.jsonl", "*.png", "summary.json", "checkpoint-*", "final_model", "partial*")
+    names = ("args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "summary.json", "checkpoint-[0-9]*",
+             "final_model", "partial*")
     old = [path for name in names for path in folder.glob(name)]
     check(not old or args.overwrite or getattr(args, "resume", False),
           f"{folder} holds a run already: --resume it, --overwrite it, or choose another --output_dir")
@@ -1364,13 +1370,13 @@ def load_run(args):
         transformers_logging.disable_progress_bar()                 # only a download needs one
     checkpoint = next(iter(checkpoints(args.output_dir)), None) if getattr(args, "resume", False) else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint or args.model)
         # float32 masters even on a GPU: at lr 1e-5 most AdamW steps are below half a bfloat16 ulp of the weight.
         # The model stays in evaluation mode: dropout would make π differ from the policy that sampled.
         model = AutoModelForCausalLM.from_pretrained(checkpoint or args.model, dtype=torch.float32,
                                                      attn_implementation="packed")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"--model {args.model} cannot be loaded: {short_message(error)}") from error
+        raise UserError(f"--model {checkpoint or args.model} cannot be loaded: {short_message(error)}") from error
     transformers_logging.disable_progress_bar()
     if WORLD_SIZE > 1 and args.algo != "eval":
         shard(model, args.dtype)
@@ -1381,7 +1387,9 @@ def load_run(args):
 
     # Section 6 would compute some models wrongly.
     check(tokenizer.eos_token_id is not None, f"--model {args.model} has no end-of-sequence token")
-    kinds = set(getattr(model.config, "layer_types", None) or []) - {"full_attention"}
+    config = model.config
+    window = getattr(config, "sliding_window", None)            # which layer_types, where they are there, may not use
+    kinds = set(getattr(config, "layer_types", None) or (["sliding_window"] if window else [])) - {"full_attention"}
     check(not kinds, f"--model {args.model} has layers of {kinds}: section 6 leaves them out")
     ids = list(range(min(16, model.config.vocab_size)))
     inputs = torch.tensor([ids], device=args.device)
@@ -1455,7 +1463,8 @@ def start_training(run, last_step):
     def stop_after_step(number, frame):
         """Ctrl-C and SIGTERM let the current step end and be saved; a second one stops at once."""
         run.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
         if RANK == 0:           # print is not safe here
             os.write(2, b"stopping after this step; a second signal stops at once\n")
 
@@ -1607,6 +1616,7 @@ def compute_old_log_probs(run, prompt_ids, response_ids):
     with torch.no_grad():
         for rows, counts in microbatches(run.args, prompt_ids, response_ids, range(len(response_ids))):
             log_probs, _, mask = forward(run, prompt_ids, response_ids, rows, counts, run.args.sampling_temperature)
+            # += since a row that does not count adds 0 to what is there
             old_log_probs[rows, :mask.shape[1]] += torch.where(mask, log_probs, 0)
     return sum(all_gather(old_log_probs.cpu())).to(run.args.device)
 
@@ -1703,6 +1713,7 @@ def compare(args, argv):
     folder = Path(args.output_dir or "compare_output")
     flag, _, values = args.compare.partition("=")
     check(values and WORLD_SIZE == 1, f"--compare {args.compare} should be FLAG=A,B,…, and runs without torchrun")
+    check(args.seeds > 0, "--seeds is not above zero")
     runs, commands = {}, []
     for value in values.split(","):             # all of them are checked before the first one runs
         label = f"{flag}={value}"
@@ -1710,6 +1721,7 @@ def compare(args, argv):
         for seed, output_dir in enumerate(runs[label]):
             # Of a flag given twice the last one counts, so this is a run, not a comparison.
             command = [*argv, "--compare=", f"--{label}", f"--seed={seed}", f"--output_dir={output_dir}"]
+            parse_args([*command, "--resume"])
             settings, before = vars(parse_args(command)), read_settings(output_dir)
             different = [key for key in before if key != "resume" and settings.get(key) != before[key]]
             check(not different, f"{output_dir} holds a run with other {different}; choose another --output_dir")
