@@ -271,7 +271,7 @@ def grading(options):
 
 def grading_rows(rounds, labelled):
     import align
-    from test_align import HOSTILE, SAME
+    from test_align import FAMILIES as SAME, HOSTILE
     same = [align.grade(answer, truth) for family in SAME for answer in family for truth in family]
     others = [align.grade(a[0], b[0]) for a in SAME for b in SAME if not set(a) & set(b)]
     rows = [[f"pairs of spellings of one meaning, {len(SAME)} families", f"{sum(same)} of {len(same)} equal"],
