@@ -5,6 +5,7 @@
 """
 
 import collections
+import contextlib
 import copy
 import functools
 import http.server
@@ -696,12 +697,15 @@ def test_evaluation_counts_agree_with_the_samples(base, tmp_path):
     assert metrics["eval/stderr"] == pytest.approx(right.std(correction=0).item() / math.sqrt(7))
 
 
-@pytest.fixture
-def full_disk():
-    """A function after whose call no file can grow beyond so many bytes."""
+@contextlib.contextmanager
+def full_disk(size):
+    """No file can grow beyond so many bytes; not even pytest's own log, if it goes to a file."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture
@@ -751,7 +755,7 @@ def test_logs_are_cut_back_to_the_step_of_the_checkpoint(tmp_path, end):
     assert names_in(tmp_path) == ["args.json", "samples.jsonl"]
 
 
-def test_a_checkpoint_is_a_model_folder_that_appears_whole(tmp_path, monkeypatch, full_disk):
+def test_a_checkpoint_is_a_model_folder_that_appears_whole(tmp_path, monkeypatch):
     run = make_run(random_model(4), word_tokenizer("a", "b", "c"))
     with monkeypatch.context() as patch:    # as if killed before the rename
         patch.setattr(os, "replace", lambda *paths: None)
@@ -759,8 +763,7 @@ def test_a_checkpoint_is_a_model_folder_that_appears_whole(tmp_path, monkeypatch
     assert names_in(tmp_path) == ["partial"]
     for step in (7, 12):
         align.save_checkpoint(run, tmp_path / f"checkpoint-{step}", step)
-    full_disk(5000)    # which ends within a file
-    with pytest.raises(align.UserError, match="checkpoint-13 cannot be written"):
+    with full_disk(5000), pytest.raises(align.UserError, match="checkpoint-13 cannot be written"):
         align.save_checkpoint(run, tmp_path / "checkpoint-13", 13)
     assert names_in(tmp_path) == ["checkpoint-12", "checkpoint-7"]
     newest = align.checkpoints(tmp_path)[0]
@@ -1386,10 +1389,11 @@ def test_preparing_replaces_no_file_of_somebody_else(math_folder, refused):
     (f"{FROM_COPY} --force", "train.jsonl cannot be written"),    # the disk is full
 ])
 def test_preparing_in_vain_leaves_what_is_there(
-        command, complaint, math_folder, monkeypatch, refused, full_disk):
+        command, complaint, math_folder, monkeypatch, refused):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     before = {path: path.read_bytes() for path in math_folder.iterdir()}
-    full_disk(1500)
-    assert complaint in refused(prepare, command)
+    with full_disk(1500):
+        said = refused(prepare, command)
+    assert complaint in said
     assert before == {path: path.read_bytes() for path in math_folder.iterdir()}
