@@ -499,9 +499,10 @@ def load_problems(run, path, at_least=1):
     """Problems with "prompt_ids"; those without an answer are left out."""
     problems, unusable, tokens = [], [], run.args.sampling_max_tokens
     most = getattr(run.model.config, "max_position_embeddings", None) or math.inf
-    for problem in read_jsonl(path, [("problem", "answer")]):
-        prompt = format_prompt(run.args.prompt, problem["problem"])
-        ids = problem["prompt_ids"] = run.tokenizer(prompt)["input_ids"]
+    records = read_jsonl(path, [("problem", "answer")])
+    prompts = [format_prompt(run.args.prompt, record["problem"]) for record in records]
+    for problem, ids in zip(records, run.tokenizer(prompts)["input_ids"]):
+        problem["prompt_ids"] = ids
         check(len(ids) + tokens <= most, f"{path}, line {problem['line']}: a prompt of {len(ids)} tokens "
               f"and --sampling_max_tokens {tokens} exceed the model's context of {most}")
         (problems if normalize_answer(problem["answer"]) else unusable).append(problem)
@@ -595,6 +596,9 @@ def pack(prompt_ids, response_ids, device):
     return {name: tensor.to(device) for name, tensor in packed.items()}, torch.tensor(predictors, device=device)
 
 
+HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
+
+
 def packed_attention(module, query, key, value, *_, scaling=None, rows=None, places=None, cache=None, **rest):
     """What transformers calls in each layer: query, key, value (1, heads, M, D) -> (1, M, heads, D).
     Without rows these are whole sequences, (B, heads, T, D), or a PrefixCache's newest tokens."""
@@ -605,7 +609,7 @@ def packed_attention(module, query, key, value, *_, scaling=None, rows=None, pla
                              .unflatten(0, rows.shape).transpose(1, 2) for tensor in (query, key, value))
     if cache is not None:
         cache.prompts[module.layer_idx] = key, value
-    if query.is_cuda and query.dtype == torch.bfloat16 and importlib.util.find_spec("flash_attn"):
+    if query.is_cuda and query.dtype == torch.bfloat16 and HAS_FLASH_ATTN:
         from flash_attn import flash_attn_func
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         output = flash_attn_func(query, key, value, softmax_scale=scaling, causal=True)
@@ -1174,8 +1178,9 @@ def evaluate(run, n, step):
     run.log("eval/problems", len(right))
     for k in [2**i for i in range(9) if 2**i < n] + [n]:
         run.log(f"eval/pass@{k}", [pass_at_k(n, int(c), k) for c in right.sum(dim=1)])
-    lenient, _ = grade_responses(lenient_reward_fn, texts, truths)
-    run.log("eval/lenient", [max(r["reward"], free["reward"]) for r, free in zip(rewards, lenient)])
+    wrong = [i for i, reward in enumerate(rewards) if reward["reward"] == 0]
+    lenient, _ = grade_responses(lenient_reward_fn, [texts[i] for i in wrong], [truths[i] for i in wrong])
+    run.log("eval/lenient", [reward["reward"] for reward in lenient] + [1.0] * (len(rewards) - len(wrong)))
 
 
 # ---- 10. A run: metrics, pictures, checkpoints, start, finish, update --------------
@@ -1388,10 +1393,10 @@ def load_run(args):
     # Section 6 would compute some models wrongly.
     check(tokenizer.eos_token_id is not None, f"--model {args.model} has no end-of-sequence token")
     config = model.config
-    window = getattr(config, "sliding_window", None)            # which layer_types, where they are there, may not use
+    window = getattr(config, "sliding_window", None)            # of all layers, where there are no layer_types
     kinds = set(getattr(config, "layer_types", None) or (["sliding_window"] if window else [])) - {"full_attention"}
     check(not kinds, f"--model {args.model} has layers of {kinds}: section 6 leaves them out")
-    ids = list(range(min(16, model.config.vocab_size)))
+    ids = list(range(min(16, config.vocab_size)))
     inputs = torch.tensor([ids], device=args.device)
     with torch.no_grad(), autocast(args):
         plain = get_response_log_probs(model, inputs[:, :-1], inputs[:, 1:])["log_probs"]
