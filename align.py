@@ -62,6 +62,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, StopStringCriteria
 from transformers.utils import logging as transformers_logging
 
+try:
+    from flash_attn import flash_attn_func
+except Exception as error:      # not installed, or built for another torch
+    flash_attn_func, flash_attn_error = None, error
+
 
 class UserError(ValueError):
     """Something that the user can mend: one sentence on stderr and exit code 2."""
@@ -175,7 +180,7 @@ SETTINGS = {
         ("gradient_accumulation_steps", 0, "microbatches per update instead; 0: off"),
         ("validation_frequency", (8, 1, 5), (50, 1, 10), "in steps; 0: first and last only"),
         ("save_frequency", (500, 4, 50), (500, 1, 50), "steps between checkpoints; 0: none"),
-        ("keep_checkpoints", 0, "only the newest so many; 0: all"),
+        ("keep_checkpoints", 2, "only the newest so many; 0: all"),
         ("resume", False, "go on with output_dir's run and its settings"),
         ("wandb_project", "", "log to this Weights & Biases project, too")],
     "sft": [
@@ -596,7 +601,9 @@ def pack(prompt_ids, response_ids, device):
     return {name: tensor.to(device) for name, tensor in packed.items()}, torch.tensor(predictors, device=device)
 
 
-HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
+def use_flash_attn(query):
+    """FlashAttention's kernels are for GPUs and half precision."""
+    return flash_attn_func and query.is_cuda and query.dtype == torch.bfloat16
 
 
 def packed_attention(module, query, key, value, *_, scaling=None, rows=None, places=None, cache=None, **rest):
@@ -609,8 +616,7 @@ def packed_attention(module, query, key, value, *_, scaling=None, rows=None, pla
                              .unflatten(0, rows.shape).transpose(1, 2) for tensor in (query, key, value))
     if cache is not None:
         cache.prompts[module.layer_idx] = key, value
-    if query.is_cuda and query.dtype == torch.bfloat16 and HAS_FLASH_ATTN:
-        from flash_attn import flash_attn_func
+    if use_flash_attn(query):
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         output = flash_attn_func(query, key, value, softmax_scale=scaling, causal=True)
     else:
@@ -624,7 +630,15 @@ def packed_attention(module, query, key, value, *_, scaling=None, rows=None, pla
 
 
 AttentionInterface.register("packed", packed_attention)
+torch.backends.cuda.enable_cudnn_sdp(False)         # it plans anew for every shape, and nearly every batch has its own
 MAX_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 27}      # that ChunkedLogProbs holds at a time
+
+
+def head_logits(hidden, head):
+    """hidden · headᵀ, (n, D), (V, D) -> (n, V), in float32: bfloat16 would round logits of 20 to 30 by up to 0.06."""
+    if hidden.is_cuda and hidden.dtype == torch.bfloat16:
+        return torch.mm(hidden, head.T, out_dtype=torch.float32)
+    return (hidden @ head.T).float()
 
 
 class ChunkedLogProbs(torch.autograd.Function):
@@ -637,7 +651,7 @@ class ChunkedLogProbs(torch.autograd.Function):
         size = max(1, MAX_LOGITS[hidden.device.type] // len(head))
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
-            yield rows, (hidden[rows] @ head.T).float()
+            yield rows, head_logits(hidden[rows], head)
 
     @staticmethod
     def forward(ctx, hidden, head, labels):
@@ -948,6 +962,10 @@ class TorchSampler:
         for own, parameter in zip(self.model.parameters(), model.parameters(), strict=True):
             own.copy_(full_tensor(parameter))
 
+    def served_weights(self):
+        """{name: tensor} of the weights that it samples with, in its own dtype."""
+        return dict(self.model.named_parameters())
+
     @torch.no_grad()
     def generate(self, prompt_ids, n, seeds, temperature, max_tokens, min_tokens, stop):
         """n Rollouts for each prompt (a list of ids), those of one prompt together. seeds: one per
@@ -971,14 +989,15 @@ class TorchSampler:
         packed, last = pack(prompt_ids, [[0]] * len(prompt_ids), device)    # the 0 is left out
         hidden = hidden_states(self.model, cache=cache, **packed)[last].repeat_interleave(n, dim=0)
         for t in range(max_tokens):
-            logits = self.model.get_output_embeddings()(hidden).float() / (temperature or 1.0)
+            logits = head_logits(hidden, self.model.get_output_embeddings().weight) / (temperature or 1.0)
             normalizer = logits.logsumexp(dim=-1, keepdim=True)         # before the ban
             if t < min_tokens:
                 logits[:, eos] = -math.inf
             if temperature == 0:
                 token = logits.argmax(dim=-1, keepdim=True)             # (rows, 1)
             else:
-                cumulated = logits.softmax(dim=-1).cumsum(dim=-1)
+                # In float32 a GPU's sums of 150,000 entries would not rise from each entry to the next.
+                cumulated = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
                 drawn = draws[rows, t:t + 1] * cumulated[:, -1:]
                 token = torch.searchsorted(cumulated, drawn, right=True)
             ids[rows, t:t + 1] = token
@@ -1014,8 +1033,8 @@ class VLLMSampler:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")            # GiB
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")    # leave training its threads
-        import vllm
         try:
+            import vllm
             self.llm = vllm.LLM(
                 args.model, dtype=args.dtype, enable_sleep_mode=self.sleeps,
                 gpu_memory_utilization=args.gpu_memory_utilization,
@@ -1025,8 +1044,8 @@ class VLLMSampler:
                 enforce_eager=on_cpu,                               # compiling costs a minute there
                 distributed_executor_backend="external_launcher" if WORLD_SIZE > 1 else None)
             self.llm.generate("1", vllm.SamplingParams(max_tokens=1), use_tqdm=False)
-        except (ValueError, RuntimeError, OSError) as error:
-            raise UserError(f"vLLM {vllm.__version__} cannot serve {args.model}: {short_message(error)}; see "
+        except (ImportError, AssertionError, ValueError, RuntimeError, OSError) as error:
+            raise UserError(f"vLLM cannot serve {args.model}: {short_message(error)}; see "
                             "--gpu_memory_utilization (CPU: VLLM_CPU_KVCACHE_SPACE), --sampler torch") from error
 
     def load_weights(self, model):
@@ -1044,6 +1063,10 @@ class VLLMSampler:
         self.llm.wake_up(tags=["kv_cache"])
         check(self.llm.reset_prefix_cache(), "vLLM kept its prefix cache after a weight sync")
 
+    def served_weights(self):
+        """{name: tensor} of the weights that it samples with, in its own dtype."""
+        return self.llm.apply_model(lambda model: dict(model.named_parameters()))[0]
+
     def generate(self, prompt_ids, n, seeds, temperature, max_tokens, min_tokens, stop):
         """As TorchSampler.generate. Each response is a request; prefix caching shares the prompts."""
         from vllm import SamplingParams
@@ -1051,17 +1074,15 @@ class VLLMSampler:
         seeds = [seed_for(seed, i, "request") for seed in seeds for i in range(n)]
         params = [SamplingParams(
             seed=seed, temperature=temperature, max_tokens=max_tokens, min_tokens=min_tokens, logprobs=0,
-            stop=stop, include_stop_str_in_output=True, stop_token_ids=[self.tokenizer.eos_token_id],
+            flat_logprobs=True, stop=stop, include_stop_str_in_output=True, stop_token_ids=[self.tokenizer.eos_token_id],
             ignore_eos=True) for seed in seeds]         # of the model's own list of ends
         requests, rollouts = self.llm.generate(prompts, params, use_tqdm=False), []
         if self.sleeps:
             self.llm.sleep(level=2)                     # drops the weights: each sync brings new ones
         for request in requests:
             [output] = request.outputs
-            ids = list(output.token_ids)
-            log_probs = [at[token].logprob for at, token in zip(output.logprobs, ids, strict=True)]
-            rollouts.append(Rollout(request.prompt_token_ids, ids, log_probs, output.text,
-                                    output.finish_reason))
+            rollouts.append(Rollout(request.prompt_token_ids, list(output.token_ids), output.logprobs.logprobs,
+                                    output.text, output.finish_reason))
         return rollouts
 
 
@@ -1082,9 +1103,23 @@ def pad_log_probs(rollouts):
     return pad_sequence([torch.tensor(rollout.log_probs) for rollout in rollouts], batch_first=True)
 
 
-# The most expensive silent bug of this field is a sampler with stale weights. Its log-probs may be
-# this far from the trainer's, (mean, max) in nats; vLLM on a GPU multiplies even float32 in TF32.
-GAP_LIMITS = {"float32": (1e-3, 1e-2), "bfloat16": (0.2, math.inf)}
+# The most expensive silent bug of this field is a sampler with stale weights. Two checks: its weights are the trainer's,
+# exactly, and its log-probs are near the trainer's, (mean, max) in nats; vLLM on a GPU multiplies even float32 in TF32.
+GAP_LIMITS = {"float32": (1e-3, 1e-2), "bfloat16": (0.15, 3.0)}
+
+
+def check_weights(model, served):
+    """UserError unless the sampler's weights {name: tensor} are the trainer's, cast to their dtype: to the last bit."""
+    compared = 0
+    for name, parameter in model.named_parameters():
+        # vLLM fuses q, k and v, and gate and up: its tensor begins with the first of them. Its rows may be padded, and
+        # on a CPU it repacks matrices and leaves nothing here.
+        own = served.get(name.replace("q_proj", "qkv_proj").replace("gate_proj", "gate_up_proj"), served.get(name))
+        weight = full_tensor(parameter.detach())
+        if own is not None and len(own) >= len(weight):
+            check(torch.equal(own[:len(weight)], weight.to(own.dtype)), f"the sampler has stale or wrong weights: {name}")
+            compared += 1
+    check(compared, "none of the sampler's weights has a name of the trainer's, so they cannot be compared")
 
 
 def check_sampler(run, rollouts, temperature):
@@ -1115,6 +1150,7 @@ def sample(run, problems, n, step, purpose, temperature):
         return [rollouts[i:i + n] for i in range(0, len(rollouts), n)]
 
     run.sampler.load_weights(run.model)
+    check_weights(run.model, run.sampler.served_weights())
     rollouts = sum(map_over_ranks(sample_share, range(len(problems))), [])
     if temperature > 0:
         few = rollouts[::n][:max(4, WORLD_SIZE)]        # at least one of each rank's sampler
@@ -1205,11 +1241,12 @@ class Run:
     signal: int = 0             # SIGINT or SIGTERM, once it has come
     skipped: int = 0            # updates in a row whose gradient was not finite
 
-    def log(self, name, values):
-        """Takes numbers or a tensor. A step's metric is the mean of them all, over all ranks."""
+    def log(self, name, values, mask=None):
+        """Takes numbers or a tensor. A step's metric is the mean of them all (under the mask), over all ranks."""
         values = torch.as_tensor(values, dtype=torch.float64).detach()
-        total, count = self.sums.get(name, (0, 0))
-        self.sums[name] = total + values.sum(), count + values.numel()
+        mask = torch.ones_like(values).bool() if mask is None else mask
+        total, count = self.sums.get(name, (0, 0))      # on the device: nothing waits for it
+        self.sums[name] = total + torch.where(mask, values, 0).sum(), count + mask.sum()
 
     def lap(self, name=None):
         """Logs the seconds since the last call as time/name."""
@@ -1220,7 +1257,7 @@ class Run:
     def step_metrics(self):
         """{name: mean} of what was logged since the last call; every rank logs the same names."""
         sums, self.sums = self.sums, {}
-        gathered = all_gather({name: (float(total), count) for name, (total, count) in sums.items()})
+        gathered = all_gather({name: (float(total), int(count)) for name, (total, count) in sums.items()})
         sums = {name: [sum(pair) for pair in zip(*(one[name] for one in gathered))] for name in sums}
         return {name: total / count for name, (total, count) in sums.items() if count}
 
@@ -1383,12 +1420,6 @@ def load_run(args):
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {checkpoint or args.model} cannot be loaded: {short_message(error)}") from error
     transformers_logging.disable_progress_bar()
-    if WORLD_SIZE > 1 and args.algo != "eval":
-        shard(model, args.dtype)
-    else:
-        model.to(args.device)
-    millions = model.num_parameters() / 1e6
-    print(f"model {args.model}: {millions:.1f}M parameters, {WORLD_SIZE} × {args.device}, {args.dtype}", flush=True)
 
     # Section 6 would compute some models wrongly.
     check(tokenizer.eos_token_id is not None, f"--model {args.model} has no end-of-sequence token")
@@ -1397,13 +1428,21 @@ def load_run(args):
     kinds = set(getattr(config, "layer_types", None) or (["sliding_window"] if window else [])) - {"full_attention"}
     check(not kinds, f"--model {args.model} has layers of {kinds}: section 6 leaves them out")
     ids = list(range(min(16, config.vocab_size)))
-    inputs = torch.tensor([ids], device=args.device)
-    with torch.no_grad(), autocast(args):
+    inputs = torch.tensor([ids])
+    with torch.no_grad():
         plain = get_response_log_probs(model, inputs[:, :-1], inputs[:, 1:])["log_probs"]
         packed, _, _ = get_packed_log_probs(model, [ids[:1]], [ids[1:]])
-    same = torch.allclose(plain, packed, atol=0.05)
+    same = torch.allclose(plain, packed, atol=1e-3)
     check(same, f"--model {args.model} does more to its logits than multiply by the output head (a soft cap?)")
 
+    if WORLD_SIZE > 1 and args.algo != "eval":
+        shard(model, args.dtype)
+    else:
+        model.to(args.device)
+    millions = model.num_parameters() / 1e6
+    print(f"model {args.model}: {millions:.1f}M parameters, {WORLD_SIZE} × {args.device}, {args.dtype}", flush=True)
+    if args.device == "cuda" and not flash_attn_func:
+        print(f"attention is torch's, flash-attn cannot be imported: {short_message(flash_attn_error)}")
     run = Run(args, model, tokenizer, make_sampler(args, tokenizer), *reward_fn_and_stop(args.prompt), checkpoint)
     run.val_problems = [] if getattr(args, "question", "") else load_problems(run, args.val_data)
     if 0 < args.validation_size < len(run.val_problems):
@@ -1450,7 +1489,7 @@ def start_training(run, last_step):
     args, run.last_step, step = run.args, last_step, 0
     reshard(run.model)
     run.optimizer = torch.optim.AdamW(run.model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95),
-                                      weight_decay=args.weight_decay)
+                                      weight_decay=args.weight_decay, fused=args.device == "cuda")   # less memory
     if run.checkpoint:
         saved = torch.load(run.checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True, mmap=True)
         step, state = saved["step"], saved["optimizer"]
@@ -1544,7 +1583,7 @@ def sft_update(run, examples, step):
         loss_divisor = len(examples) / len(rows) / WORLD_SIZE   # FSDP averages gradients over the ranks
         loss, _ = sft_microbatch_train_step(log_probs, mask, loss_divisor, normalize_constant=mean_length)
         total_loss += loss
-        run.log("train/entropy", entropy[mask])
+        run.log("train/entropy", entropy, mask)
     optimizer_step(run, step, total_loss)
 
 
@@ -1630,7 +1669,7 @@ def grpo_update(run, batch, rows, step):
     """One optimizer update on some rows of the rollout batch."""
     args, prompt_ids, response_ids = run.args, batch["prompt_ids"], batch["response_ids"]
     # A row of weight 0 has gradient 0: it need not go through the model. The divisor counts it.
-    weights = batch["raw_rewards" if args.loss_type == "no_baseline" else "advantages"]
+    weights = batch["raw_rewards" if args.loss_type == "no_baseline" else "advantages"].flatten().tolist()
     useful = [i for i in rows if weights[i] != 0]
     constant = args.sampling_max_tokens if args.loss_aggregation == "masked_normalize" else None
     total_loss = 0.0
@@ -1647,9 +1686,9 @@ def grpo_update(run, batch, rows, step):
             log_probs, mask, loss_divisor, args.loss_type, batch["raw_rewards"][micro], batch["advantages"][micro],
             old_log_probs, args.cliprange, constant, token_weights)
         total_loss += loss
-        run.log("train/entropy", entropy[mask])
+        run.log("train/entropy", entropy, mask)
         if "clipped" in metadata:
-            run.log("train/clip_fraction", metadata["clipped"][mask])
+            run.log("train/clip_fraction", metadata["clipped"], mask)
     optimizer_step(run, step, total_loss)
 
 
