@@ -1073,9 +1073,10 @@ class VLLMSampler:
         prompts = [{"prompt_token_ids": ids} for ids in prompt_ids for _ in range(n)]
         seeds = [seed_for(seed, i, "request") for seed in seeds for i in range(n)]
         params = [SamplingParams(
-            seed=seed, temperature=temperature, max_tokens=max_tokens, min_tokens=min_tokens, logprobs=0,
-            flat_logprobs=True, stop=stop, include_stop_str_in_output=True, stop_token_ids=[self.tokenizer.eos_token_id],
-            ignore_eos=True) for seed in seeds]         # of the model's own list of ends
+            seed=seed, temperature=temperature, max_tokens=max_tokens, min_tokens=min_tokens,
+            logprobs=0, flat_logprobs=True, stop=stop, include_stop_str_in_output=True,
+            stop_token_ids=[self.tokenizer.eos_token_id], ignore_eos=True)      # the model may list more ends
+            for seed in seeds]
         requests, rollouts = self.llm.generate(prompts, params, use_tqdm=False), []
         if self.sleeps:
             self.llm.sleep(level=2)                     # drops the weights: each sync brings new ones
@@ -1103,23 +1104,24 @@ def pad_log_probs(rollouts):
     return pad_sequence([torch.tensor(rollout.log_probs) for rollout in rollouts], batch_first=True)
 
 
-# The most expensive silent bug of this field is a sampler with stale weights. Two checks: its weights are the trainer's,
-# exactly, and its log-probs are near the trainer's, (mean, max) in nats; vLLM on a GPU multiplies even float32 in TF32.
+# The most expensive silent bug of this field is a sampler with stale weights. So its weights are compared with the
+# trainer's, exactly, and so are its log-probs: within (mean, max) nats. vLLM on a GPU multiplies even float32 in TF32.
 GAP_LIMITS = {"float32": (1e-3, 1e-2), "bfloat16": (0.15, 3.0)}
 
 
 def check_weights(model, served):
-    """UserError unless the sampler's weights {name: tensor} are the trainer's, cast to their dtype: to the last bit."""
+    """UserError unless the sampler's weights {name: tensor} are the trainer's, cast to their dtype, to the last bit."""
     compared = 0
     for name, parameter in model.named_parameters():
-        # vLLM fuses q, k and v, and gate and up: its tensor begins with the first of them. Its rows may be padded, and
-        # on a CPU it repacks matrices and leaves nothing here.
-        own = served.get(name.replace("q_proj", "qkv_proj").replace("gate_proj", "gate_up_proj"), served.get(name))
-        weight = full_tensor(parameter.detach())
+        # vLLM fuses q, k and v, and gate and up: its tensors begin with the first of them. The vocabulary may be
+        # padded. On a CPU it repacks matrices and leaves nothing to compare.
+        fused = name.replace("q_proj", "qkv_proj").replace("gate_proj", "gate_up_proj")
+        weight, own = full_tensor(parameter.detach()), served.get(fused, served.get(name))
         if own is not None and len(own) >= len(weight):
-            check(torch.equal(own[:len(weight)], weight.to(own.dtype)), f"the sampler has stale or wrong weights: {name}")
+            same = torch.equal(own[:len(weight)], weight.to(own.dtype))
+            check(same, f"the sampler has stale or wrong weights: its {name} is not the trainer's")
             compared += 1
-    check(compared, "none of the sampler's weights has a name of the trainer's, so they cannot be compared")
+    check(compared, "the sampler has none of the trainer's weights under the same name: they cannot be compared")
 
 
 def check_sampler(run, rollouts, temperature):

@@ -3,7 +3,7 @@
     python prepare_data.py                                      # data/arithmetic/, with the base model; a minute
     python prepare_data.py --dataset math                       # data/MATH/ from the Hugging Face hub
     python prepare_data.py --dataset math --from_path MATH      # the same from a copy that you have
-    python prepare_data.py --dataset gsm8k --traces solutions   # data/GSM8K/, its own solutions as traces for SFT
+    python prepare_data.py --dataset gsm8k --traces solutions   # data/GSM8K/, its own solutions as traces (or mawps)
 
 What is there already is left alone; files appear whole or not at all, and manifest.json says where each came from,
 with its checksum. So a killed run is started again with the same command, and no answer of a teacher is paid twice.
@@ -25,8 +25,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
 
-from align import (PROMPTS, UserError, exit_cleanly, extract_answer, grade_responses, last_boxed, r1_zero_reward_fn,
-                   read_jsonl, short_message)
+from align import (PROMPTS, UserError, check, exit_cleanly, extract_answer, grade_responses, last_boxed,
+                   r1_zero_reward_fn, read_jsonl, short_message)
 
 # ------------------------ 1. Files ------------------------
 
@@ -216,22 +216,27 @@ def prepare_arithmetic(folder, seed=0, force=False):
     print(f"{base_model}: {model.num_parameters() / 1e6:.2f}M parameters, vocabulary {len(tokenizer)}")
 
 
-# -- 3. MATH and GSM8K: problems with their final answers --
+# -- 3. MATH, GSM8K, MAWPS: problems with their final answers --
 
 SUBJECTS = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus".split()
 # Of MATH's training problems a handful are left out as duplicates; of the 7,473 of one copy in circulation 10.
 DATASETS = {    # folder, repository on the hub, its configurations, problems in the full sets
     "math": (Path("data/MATH"), "EleutherAI/hendrycks_math", SUBJECTS, {"train": 7500, "test": 5000}),
     "gsm8k": (Path("data/GSM8K"), "openai/gsm8k", ["main"], {"train": 7473, "test": 1319}),
+    "mawps": (Path("data/MAWPS"), "MU-NLPC/Calc-mawps", ["original-splits"], {"train": 3636, "test": 520}),
 }
 
 
 def to_problem(record):
-    """{"problem", "answer"[, "solution", "level", "subject"]} of a MATH or GSM8K record. Raises ValueError."""
+    """{"problem", "answer"[, "solution", "level", "subject"]} of a record of these sets. Raises ValueError."""
     if not isinstance(record, dict):
         raise ValueError("not a record")
     text = record.get("problem") or record.get("question")
     answer, solution = record.get("answer"), record.get("solution")
+    steps = re.findall(r"<gadget[^>]*>(.*?)</gadget>\s*<output>(.*?)</output>", str(record.get("chain")), re.DOTALL)
+    if steps:                                           # MAWPS: what a calculator is asked, and what it says
+        solution = ", ".join(f"{asked.strip()} = {said.strip()}" for asked, said in steps).replace("_", "")
+        answer = str(record.get("result") or "").replace("_", "")       # of thousands
     if "####" in str(solution or answer):               # GSM8K: the solution has marks for a calculator
         solution, _, answer = re.sub(r"<<.*?>>", "", str(solution or answer)).rpartition("####")
         answer = answer.replace(",", "")
@@ -291,9 +296,8 @@ def hub_rows(name, *config, split):
     try:
         return datasets.load_dataset(name, *config, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{name} cannot be had from the Hugging Face hub ({short_message(error)}). Three ways out: "
-                        "connect this machine; name a mirror, HF_ENDPOINT=https://…; or give a copy of your own to "
-                        "--from_path (--traces FILE for traces)") from error
+        raise UserError(f"{name} cannot be had from the Hugging Face hub ({short_message(error)}): connect, name a "
+                        "mirror (HF_ENDPOINT=https://…), or give your copy to --from_path or --traces") from error
 
 
 def read_dataset(dataset, paths, left_out):
@@ -317,7 +321,7 @@ def text_key(text):
 
 
 def prepare_problems(dataset, from_path=None, force=False):
-    """Writes train.jsonl and test.jsonl of MATH or GSM8K; no problem of the first is in the second."""
+    """Writes train.jsonl and test.jsonl of such a set; no problem of the first is in the second."""
     folder, repository, _, full_set = DATASETS[dataset]
     source = " ".join(from_path) if from_path else f"hub:{repository}"
     if not files_to_make(folder, ["train.jsonl", "test.jsonl"], source, force):
@@ -340,8 +344,7 @@ def prepare_problems(dataset, from_path=None, force=False):
             seen[key] = "twice in the training set"
     files = {"test.jsonl": problems["test"], "train.jsonl": train, "left_out.jsonl": report(left_out)}
     for split, count in full_set.items():
-        if not files[f"{split}.jsonl"]:
-            raise UserError(f"{source}: no {split} problems; give a folder with train and test, or two files")
+        check(files[f"{split}.jsonl"], f"{source}: no {split} problems; give a folder with train and test, or two files")
         if counts[split] != count:
             print(f"{split}: {counts[split]} records, where the full set has {count}")
     write_jsonl(folder, files, source)
@@ -491,15 +494,14 @@ def prepare_traces(args, folder):
             known = train[key]
             for text in texts:
                 try:
-                    response = to_response(text)
-                    traces.append({"problem": known["problem"], "response": response, "answer": known["answer"]})
+                    traces.append({"problem": known["problem"], "response": to_response(text),
+                                   "answer": known["answer"]})
                 except ValueError as error:
                     left_out[str(error)].append(f"{problem} → {text[-200:]}")
     problems = sorted({trace["problem"] for trace in traces})
     print(f"{len(traces)} traces of {len(problems)} problems; {strangers} records of problems not in train.jsonl")
     left_out = report(left_out)
-    if not traces:
-        raise UserError(f"--traces {args.traces}: no usable trace of a training problem")
+    check(traces, f"--traces {args.traces}: no usable trace of a training problem")
     random.Random(args.seed).shuffle(problems)
     validation = set(problems[:round(P_VALIDATION * len(problems))])
     random.Random(args.seed).shuffle(traces)
@@ -518,8 +520,7 @@ FLAGS = [       # (flag, default, help)
     ("seed", 0, "of everything that is drawn"),
     ("traces", "", "also make traces for SFT, from hub:DATASET (laid out as open-r1/OpenR1-Math-220k), teacher (an "
      "OpenAI-compatible server), solutions (the data set's own) or a file of JSON lines"),
-    ("teacher_url", "https://api.deepseek.com", "http://localhost:8000/v1 for `vllm serve`; the key is "
-     "DEEPSEEK_API_KEY for deepseek.com, else OPENAI_API_KEY"),
+    ("teacher_url", "https://api.deepseek.com", "or of a `vllm serve`; the key: DEEPSEEK_API_KEY, else OPENAI_API_KEY"),
     ("teacher_model", "deepseek-reasoner", "its name on that server"),
     ("teacher_problems", 0, "ask about so many problems, drawn at random; 0: all"),
     ("teacher_samples", 1, "answers per problem"),
@@ -536,15 +537,14 @@ def main(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--dataset", choices=["arithmetic", *DATASETS], default="arithmetic", help="tiny: arithmetic")
     parser.add_argument("--force", action="store_true", help="make again what is there (never a teacher's answers)")
-    parser.add_argument("--from_path", nargs="+", metavar="PATH", help="your copy of MATH or GSM8K: the unpacked "
+    parser.add_argument("--from_path", nargs="+", metavar="PATH", help="your copy of the data set: the unpacked "
                         "MATH.tar, a folder or two files of JSON lines, JSON or parquet that say train or test")
     for flag, default, text in FLAGS:
         parser.add_argument(f"--{flag}", type=type(default), default=default, help=text)
     args = parser.parse_args(argv)
     with exit_cleanly("prepare_data.py"):
         if args.dataset == "arithmetic":
-            if args.from_path or args.traces:
-                raise UserError("--from_path and --traces are for --dataset math and gsm8k")
+            check(not args.from_path and not args.traces, "--from_path and --traces are not for the tiny data set")
             return prepare_arithmetic("data/arithmetic", args.seed, args.force)
         folder = DATASETS[args.dataset][0]
         folder.mkdir(parents=True, exist_ok=True)

@@ -457,6 +457,27 @@ def test_padding_order_and_microbatch_size_never_change_an_sft_update(tokens):
     assert run.step_metrics()["train/loss"] == pytest.approx(loss.item(), abs=1e-5)
 
 
+class CountWaits(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the operations for which a program waits until a GPU has computed their arguments."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        by_mask = function.name() == "aten::index.Tensor" and any(i.dtype == torch.bool for i in args[1] if i is not None)
+        self.count += by_mask or function.name() in ("aten::_local_scalar_dense", "aten::nonzero")
+        return function(*args, **(kwargs or {}))
+
+
+def test_an_update_waits_for_the_device_at_most_once_per_microbatch():
+    waits = {}
+    for n in (1, 6):
+        run = make_run(random_model(11), None, loss_type="grpo_clip", gradient_accumulation_steps=n)
+        batch = {"prompt_ids": PROMPTS, "response_ids": RESPONSES, "raw_rewards": WEIGHTS, "advantages": WEIGHTS + 2}
+        batch["old_log_probs"] = align.compute_old_log_probs(run, PROMPTS, RESPONSES)
+        with CountWaits() as waits[n]:
+            align.grpo_update(run, batch, [3, 0, 5, 1, 4, 2], step=1)
+    assert 0 < waits[6].count <= waits[1].count + 5
+
+
 def test_missing_arguments_wrong_types_and_wrong_shapes_are_refused():
     log_probs, column, flat = torch.zeros(3, 3), torch.zeros(3, 1), torch.zeros(3)
     with pytest.raises(ValueError, match="old_log_probs, cliprange"):
@@ -1092,15 +1113,15 @@ def test_runs_stop_at_the_step_whose_weight_sync_was_skipped(tiny_data, tmp_path
 
 
 @pytest.mark.parametrize("vllm", [
-    "raise ImportError('undefined symbol')", "class SamplingParams: pass\n\n\ndef LLM(*_, **__): assert 0, 'memory profiling'"])
+    "raise ImportError('undefined symbol')", "def LLM(*_, **__): raise AssertionError('memory profiling')"])
 def test_binaries_that_do_not_fit_end_in_one_sentence(tiny_data, tmp_path, vllm):
     (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol')")    # training goes without it
     (tmp_path / "flash_attn-2.8.3.dist-info").mkdir()
     (tmp_path / "flash_attn-2.8.3.dist-info/METADATA").write_text("Name: flash-attn\nVersion: 2.8.3\n")
     (tmp_path / "vllm.py").write_text(vllm)
     done = subprocess.run(
-        [sys.executable, "align.py", "--algo", "eval", "--preset", "tiny", "--sampler", "vllm", "--output_dir", tmp_path],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+        [sys.executable, "align.py", "--algo", "eval", "--preset", "tiny", "--sampler", "vllm"], cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert re.match("align.py: vLLM cannot serve .*(undefined symbol|memory profiling).*--sampler torch", done.stderr)
 
@@ -1254,16 +1275,20 @@ def test_math_is_read_from_any_layout_and_trains_on_no_test_problem(capsys, math
                                 "train: twice in the training set"]
 
 
-def test_gsm8k_and_its_solutions_as_traces_have_no_calculator_marks(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, record, solution", [
+    ("gsm8k", {"answer": "Once 2*1,200=<<2*1200=2400>>2,400 hours.\n#### 2,400"}, "Once 2*1,200=2,400 hours."),
+    ("mawps", {"chain": '<gadget id="calculator">2 * 600</gadget>\n<output>1_200</output>\n<gadget id="calculator">'
+               '1_200 * 2</gadget>\n<output>2_400</output>\n<result>2_400</result>', "result": "2_400"},
+     "2 * 600 = 1200, 1200 * 2 = 2400")])
+def test_solutions_of_gsm8k_and_mawps_as_traces_have_no_calculator_marks(name, record, solution, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    answer = "A day is 24*1=<<24*1=24>>24 hours.\nTwo are 2*1,200 = 2,400.\n#### 2,400"
     for split in ("train", "test"):
-        records = [{"question": f"{split}? {i}", "answer": answer} for i in range(3)]
-        write_lines(Path(f"copy/{split}.jsonl"), records)
-    prepare("--dataset gsm8k --from_path copy --traces solutions")
-    first = read_lines(Path("data/GSM8K/train.jsonl"))[0]
-    assert first["answer"] == "2400" and not re.search("<<|####", first["solution"])
-    assert len(align.load_traces("data/GSM8K/sft.jsonl", "r1_zero", align.r1_zero_reward_fn)) == 3
+        write_lines(Path(f"copy/{split}.jsonl"), [record | {"question": f"{split}? {i}"} for i in range(3)])
+    prepare(f"--dataset {name} --from_path copy --traces solutions")
+    first = read_lines(Path(f"data/{name.upper()}/train.jsonl"))[0]
+    assert first["answer"] == "2400" and first["solution"] == solution
+    traces = align.load_traces(f"data/{name.upper()}/sft.jsonl", "r1_zero", align.r1_zero_reward_fn)
+    assert [trace["response"] for trace in traces] == [f" {solution} </think> <answer> 2400 </answer>"] * 3
 
 
 @pytest.mark.parametrize("traces, file", [
@@ -1399,12 +1424,12 @@ def test_preparing_replaces_no_file_of_somebody_else(math_folder, refused):
 
 
 @pytest.mark.parametrize("command, complaint", [
-    ("--dataset math --force", "Three ways out"),
+    ("--dataset math --force", "name a mirror"),
     ("--dataset math --from_path nowhere --force", "--from_path nowhere: no .json"),
     ("--dataset math --from_path copy/train.jsonl --force", "no test problems"),
     ("--dataset math --from_path data", "is there already, from copy"),
     ("--dataset math --traces nowhere", "neither hub:DATASET, teacher, solutions"),
-    ("--traces solutions", "are for --dataset math and gsm8k"),
+    ("--traces solutions", "are not for the tiny data set"),
     (f"{FROM_COPY} --force", "train.jsonl cannot be written"),    # the disk is full
 ])
 def test_preparing_in_vain_leaves_what_is_there(
