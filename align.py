@@ -1368,17 +1368,22 @@ def checkpoints(folder):
     return sorted(Path(folder).glob("checkpoint-[0-9]*"), key=lambda path: -int(path.name.split("-")[1]))
 
 
+def files_of_a_run(args):
+    """What is in output_dir already. UserError unless it may be replaced or resumed."""
+    names = ("args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "summary.json", "checkpoint-[0-9]*",
+             "final_model", "partial*")
+    old = [path for name in names for path in Path(args.output_dir).glob(name)]
+    check(not old or args.overwrite or getattr(args, "resume", False),
+          f"{args.output_dir} holds a run already: --resume it, --overwrite it, or choose another --output_dir")
+    precious = args.overwrite and Path(args.model).resolve() in [path.resolve() for path in old]
+    check(not precious, f"--overwrite would remove --model {args.model}; choose another --output_dir")
+    return old
+
+
 def open_output_dir(args, step):
     """Makes output_dir. --overwrite removes a run in it, --resume cuts its logs back to this step."""
     folder = Path(args.output_dir)
-    names = ("args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "summary.json", "checkpoint-[0-9]*",
-             "final_model", "partial*")
-    old = [path for name in names for path in folder.glob(name)]
-    check(not old or args.overwrite or getattr(args, "resume", False),
-          f"{folder} holds a run already: --resume it, --overwrite it, or choose another --output_dir")
-    precious = args.overwrite and Path(args.model).resolve() in [path.resolve() for path in old]
-    check(not precious, f"--overwrite would remove --model {args.model}; choose another --output_dir")
-    for path in old:
+    for path in files_of_a_run(args):
         if args.overwrite or path.name.startswith("partial"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         elif path.suffix == ".jsonl":
@@ -1390,7 +1395,7 @@ def open_output_dir(args, step):
 
 
 def find_data(args):
-    """Makes data/arithmetic/ where it is needed and not there; another missing file is a UserError."""
+    """Makes data/arithmetic/ where it is needed and not there. UserError for what would stop the run later."""
     flags = () if getattr(args, "question", "") else ("train_data", "val_data", "sft_data")
     files = [Path(getattr(args, flag)) for flag in flags if flag in args]
     tiny = [path for path in (Path(args.model), *files) if path.is_relative_to("data/arithmetic")]
@@ -1400,6 +1405,8 @@ def find_data(args):
     all_gather(None)            # waits for rank 0
     for path in files:
         check(path.is_file(), f"{path} is not there; `python prepare_data.py --help` says how data/ is made")
+    if RANK == 0 and files:
+        files_of_a_run(args)    # before a model is loaded
 
 
 def load_run(args):

@@ -344,7 +344,7 @@ def prepare_problems(dataset, from_path=None, force=False):
             seen[key] = "twice in the training set"
     files = {"test.jsonl": problems["test"], "train.jsonl": train, "left_out.jsonl": report(left_out)}
     for split, count in full_set.items():
-        check(files[f"{split}.jsonl"], f"{source}: no {split} problems; give a folder with train and test, or two files")
+        check(files[f"{split}.jsonl"], f"{source}: no {split} problems; give a folder with both, or two files")
         if counts[split] != count:
             print(f"{split}: {counts[split]} records, where the full set has {count}")
     write_jsonl(folder, files, source)
