@@ -1,16 +1,24 @@
-"""Tests of the laboratory: pytest lab/test_lab.py, two minutes, nearly all of it a short run of each mistake.
+"""Tests of the laboratory: pytest lab/test_lab.py, four minutes, nearly all of it a short run of each patch.
 
 Each patch of lab/mistakes/ fits align.py as it is, and a copy with it runs or ends in the error that it names.
-Where a patch does not fit any more, make the mistake again by hand and write it with `git diff`.
+Each patch of lab/variants/ fits and runs, too, and its formula gives what was derived by hand.
+Where a patch does not fit any more, make the change again by hand and write it with `git diff`.
+
+    pytest lab/test_lab.py -k "not run"     # seconds
 """
 
+import functools
+import importlib.util
+import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 LAB = Path(__file__).resolve().parent
 ROOT = LAB.parent
@@ -20,6 +28,7 @@ import measure  # noqa: E402
 import speed  # noqa: E402
 
 PATCHES = sorted(LAB.glob("mistakes/*.patch"))
+VARIANTS = sorted(LAB.glob("variants/*.patch"))
 PAGE = """# A page
 
 <!-- measure speed -->
@@ -101,19 +110,271 @@ def test_the_pictures_and_patches_that_the_page_names_are_there():
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def run_patched(patch, folder, steps):
+    """Some tiny GRPO steps of a copy of align.py with a patch, in folder/out."""
+    script = measure.patched_copy(patch, folder)
+    assert script.read_text() != (ROOT / "align.py").read_text()
+    flags = f"--algo grpo --preset tiny --n_grpo_steps {steps} --rollout_batch_size 32 --train_batch_size 32 " \
+            "--group_size 4 --validation_size 8 --validation_frequency 0 --save_frequency 0 --sampling_max_tokens 48"
+    command = measure.command_of(f"{flags} {measure.notes_of(patch).get('Flags', '')}", folder / "out", script=script)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
 def test_a_mistake_can_be_made_and_runs_or_ends_in_its_error(patch, tmp_path):
     notes = measure.notes_of(patch)
-    script = measure.patched_copy(patch, tmp_path)
-    assert script.read_text() != (ROOT / "align.py").read_text()
-    flags = "--algo grpo --preset tiny --n_grpo_steps 2 --rollout_batch_size 32 --train_batch_size 32 --group_size 4 " \
-            "--validation_size 8 --validation_frequency 0 --save_frequency 0 --sampling_max_tokens 48"
-    command = measure.command_of(f"{flags} {notes.get('Flags', '')}", tmp_path / "out", script=script)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run_patched(patch, tmp_path, steps=2)
     if "Error" in notes:
         assert done.returncode != 0 and notes["Error"] in done.stderr, done.stderr
     else:
         assert done.returncode == 0, done.stderr
         assert len(measure.values_of(tmp_path / "out", "train/reward")) == 2
     assert notes["Mistake"] and notes["Symptom"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Variants
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("patch", VARIANTS, ids=lambda patch: patch.stem)
+def test_a_variant_fits_and_runs_and_names_its_paper(patch, tmp_path):
+    done = run_patched(patch, tmp_path, steps=3)
+    assert done.returncode == 0, done.stderr
+    rewards = measure.values_of(tmp_path / "out", "train/reward")
+    losses = measure.values_of(tmp_path / "out", "train/loss")
+    assert len(rewards) == len(losses) == 3 and all(map(math.isfinite, losses))
+    notes = measure.notes_of(patch)
+    assert notes["Variant"] and notes["Source"]
+
+
+@pytest.fixture(scope="session")
+def variant(tmp_path_factory):
+    """variant(name): a copy of align.py with that patch, as a module."""
+    @functools.cache
+    def load(name):
+        script = measure.patched_copy(LAB / f"variants/{name}.patch", tmp_path_factory.mktemp(name))
+        spec = importlib.util.spec_from_file_location(f"align_{name}", script)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def close(found, expected):
+    torch.testing.assert_close(torch.as_tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+    return True
+
+
+def grpo_update(align, monkeypatch, log_probs, advantages, flags="", old=None, entropy=None, **more):
+    """One GRPO update where log_probs, a list for each response, stand in for the model.
+    Returns the loss and its gradient with respect to each log-prob, both padded with 0."""
+    def pad(rows):
+        return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+
+    lengths = [len(row) for row in log_probs]
+    policy, losses = pad(log_probs).requires_grad_(), []
+    mask, entropies = pad([[True] * n for n in lengths]), torch.zeros_like(policy) if entropy is None else pad(entropy)
+    monkeypatch.setattr(align, "forward", lambda run, prompt_ids, response_ids, rows, counts, temperature: (
+        policy[rows], entropies[rows], mask[rows] & counts))
+    monkeypatch.setattr(align, "optimizer_step", lambda run, step, loss: losses.append(loss))
+    run = SimpleNamespace(args=align.parse_args(f"--algo grpo --preset tiny {flags}".split()), log=lambda *_: None)
+    batch = {"prompt_ids": [[i] for i in range(len(lengths))], "response_ids": [[7] * n for n in lengths],
+             "advantages": torch.tensor(advantages)[:, None], "raw_rewards": torch.tensor(advantages)[:, None],
+             "old_log_probs": None if old is None else pad(old)} | {key: pad(rows) for key, rows in more.items()}
+    align.grpo_update(run, batch, list(range(len(lengths))), 1)
+    return losses[0], policy.grad
+
+
+def log(*ratios):
+    """The log-probs of tokens whose ratio to an old log-prob of 0 is this."""
+    return [math.log(ratio) for ratio in ratios]
+
+
+def advantages_of(align, monkeypatch, rewards, group_size, by_std=True, **more):
+    """Advantages of given rewards, without the grading."""
+    graded = [{"reward": float(reward), "format_reward": 1.0, "answer_reward": float(reward)} for reward in rewards]
+    monkeypatch.setattr(align, "grade_responses", lambda *_: (graded, 0))
+    texts = [""] * len(rewards)
+    return align.compute_group_normalized_rewards(None, texts, texts, group_size, 1e-6, by_std, **more)[0]
+
+
+def test_kl_penalty_is_r_less_log_r_less_1_and_pulls_every_row(variant, monkeypatch):
+    align = variant("kl_penalty")
+    ratios = torch.tensor([0.5, 1.0, 2.0])                              # π_ref / π
+    assert close(align.kl_penalty(torch.zeros(3), ratios.log()), [math.log(2) - 0.5, 0.0, 1 - math.log(2)])
+    draws = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0))
+    assert (align.kl_penalty(*draws) >= 0).all()
+    # ∂ (r − log r − 1) / ∂ log π = 1 − r. Two responses, two tokens: β / 4 each, also at an advantage of 0.
+    loss, grad = grpo_update(align, monkeypatch, [[0.0, 0.0], [0.0, 0.0]], [1.0, 0.0], "--kl_coef 0.4",
+                             ref_log_probs=[log(2, 1), log(0.5, 3)])
+    assert close(grad, [[-0.25 - 0.1, -0.25], [0.05, -0.2]])
+    k3 = 1 - math.log(2) + math.log(2) - 0.5 + 2 - math.log(3)
+    assert close(loss, 0.1 * k3)
+
+
+def test_kl_penalty_is_the_divergence_on_average(variant):
+    # Over tokens that π samples, the mean of r − log r − 1 is Σ π log(π / π_ref).
+    policy, reference = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
+    mean = (policy * variant("kl_penalty").kl_penalty(policy.log(), reference.log())).sum()
+    assert close(mean, 0.5 * math.log(2.5) + 0.3 * math.log(1.5) + 0.2 * math.log(1 / 3))
+
+
+@pytest.mark.parametrize("advantage, ratio, loss, gradient", [
+    (1.0, 1.25, -1.25, -1.25),      # above 1 + 0.2, below 1 + 0.28: it may go on
+    (1.0, 1.3, -1.28, 0.0),
+    (1.0, 0.7, -0.7, -0.7),         # a right token that fell is always pulled back
+    (-1.0, 0.85, 0.85, 0.85),
+    (-1.0, 0.75, 0.8, 0.0),         # below 1 − 0.2: the lower bound stays
+    (-1.0, 1.5, 1.5, 1.5)])
+def test_clip_higher_bounds(advantage, ratio, loss, gradient, variant, monkeypatch):
+    flags = "--loss_type grpo_clip --epochs_per_rollout_batch 2"
+    found = grpo_update(variant("clip_higher"), monkeypatch, [log(ratio)], [advantage], flags, old=[[0.0]])
+    assert close(found[0], loss) and close(found[1], [[gradient]])      # ∂ρ / ∂ log π = ρ
+    flags = flags.replace("grpo_clip", "grpo_no_clip")
+    found = grpo_update(variant("clip_higher"), monkeypatch, [log(ratio)], [advantage], flags, old=[[0.0]])
+    assert close(found[1], [[-ratio * advantage]])
+
+
+@pytest.mark.parametrize("tokens_per_microbatch", [1000, 2])
+def test_token_level_loss_is_the_mean_over_all_tokens(tokens_per_microbatch, variant, monkeypatch):
+    align, flags = variant("token_level_loss"), f"--tokens_per_microbatch {tokens_per_microbatch}"
+    loss, grad = grpo_update(align, monkeypatch, [[-2.0], [-1.0, -3.0, -5.0]], [1.0, -1.0], flags)
+    assert close(loss, (2 - 1 - 3 - 5) / 4) and close(grad, [[-1 / 4, 0, 0], [1 / 4, 1 / 4, 1 / 4]])
+    # A response of advantage 0 has no gradient, but its four tokens count.
+    _, grad = grpo_update(align, monkeypatch, [[-2.0], [-1.0, -3.0, -5.0], [-1.0] * 4], [1.0, -1.0, 0.0], flags)
+    assert close(grad[:2], [[-1 / 8, 0, 0, 0], [1 / 8, 1 / 8, 1 / 8, 0]])
+
+
+def mixed_groups(align, monkeypatch, is_mixed):
+    """The problems, responses and draws of a step of 3 groups of 2, out of 60 problems."""
+    draws = []
+
+    def sample(run, problems, n, step, purpose, temperature):
+        draws.append(step)
+        texts = [text for problem in problems for text in (["1", "0"] if is_mixed(problem) else ["1", "1"])]
+        return [SimpleNamespace(text=text) for text in texts], [problem for problem in problems for _ in range(n)]
+
+    monkeypatch.setattr(align, "sample", sample)
+    monkeypatch.setattr(align, "grade_responses", lambda _, texts, truths: ([{"reward": float(t)} for t in texts], 0))
+    args = align.parse_args("--algo grpo --preset tiny --group_size 2 --rollout_batch_size 6 --train_batch_size 6".split())
+    problems = [{"number": i, "answer": "1"} for i in range(60)]
+    run = SimpleNamespace(args=args, reward_fn=None, log=lambda *_: None)
+    rollouts, repeated = align.sample_mixed_groups(run, problems, 3, 1)
+    return [problem["number"] for problem in repeated], [rollout.text for rollout in rollouts], draws
+
+
+def test_dynamic_sampling_drops_equal_groups_and_fills_up(variant, monkeypatch):
+    align = variant("dynamic_sampling")
+    numbers, texts, draws = found = mixed_groups(align, monkeypatch, lambda problem: problem["number"] % 3 == 0)
+    assert texts == ["1", "0"] * 3 and numbers[::2] == numbers[1::2]    # groups stay together
+    assert len(set(numbers)) == 3 and all(number % 3 == 0 for number in numbers)
+    assert 1 < len(draws) == len(set(draws)) <= 10                      # each draw has its own random numbers
+    assert mixed_groups(align, monkeypatch, lambda problem: problem["number"] % 3 == 0) == found
+
+
+def test_dynamic_sampling_draws_once_where_it_can_and_gives_up_after_ten(variant, monkeypatch):
+    align = variant("dynamic_sampling")
+    assert len(mixed_groups(align, monkeypatch, lambda problem: True)[2]) == 1
+    numbers, texts, draws = mixed_groups(align, monkeypatch, lambda problem: False)
+    assert len(draws) == 10 and texts == ["1"] * 6 and len(set(numbers)) == 3
+
+
+def test_overlong_punishment_falls_from_0_to_minus_1(variant, monkeypatch):
+    align = variant("overlong_punishment")
+    lengths = torch.tensor([40, 48, 52, 64])                            # L_max 64, L_cache 16
+    assert close(align.overlong_punishment(lengths, 64, 16), [0.0, 0.0, -0.25, -1.0])
+    # Two right responses of which one is too long are no longer equal.
+    punishments = torch.tensor([0.0, -1.0, 0.0, 0.0])
+    found = advantages_of(align, monkeypatch, [1, 1, 0, 0], 2, by_std=False, punishments=punishments)
+    assert close(found, [0.5, -0.5, 0.0, 0.0])
+
+
+def test_gspo_ratio_is_the_geometric_mean(variant):
+    align = variant("gspo")
+    policy, mask = torch.tensor([log(2, 8, 100), log(3, 100, 100)]), torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
+    found = align.sequence_log_ratio(policy, torch.zeros(2, 3), mask).exp()
+    assert close(found, [[math.sqrt(2 * 8)], [3.0]])
+
+
+def test_gspo_clips_whole_responses(variant, monkeypatch):
+    align, flags = variant("gspo"), "--loss_type grpo_clip --epochs_per_rollout_batch 2"
+    # s = √(1.44 · 1) = 1.2: ∂s / ∂ log π = s / |y|, for each token alike
+    responses, old = [log(1.44, 1), log(0.9)], [[0.0, 0.0], [0.0]]
+    loss, grad = grpo_update(align, monkeypatch, responses, [1.0, -2.0], f"{flags} --cliprange 0.3", old=old)
+    assert close(loss, (-1.2 + 1.8) / 2) and close(grad, [[-0.3, -0.3], [0.9, 0.0]])
+    # Clipped, the first response has no gradient at all, not even at the token whose own ratio is 1.
+    loss, grad = grpo_update(align, monkeypatch, responses, [1.0, -2.0], f"{flags} --cliprange 0.1", old=old)
+    assert close(loss, (-1.1 + 1.8) / 2) and close(grad[0], [0.0, 0.0])
+
+
+def test_gspo_of_a_response_that_does_not_count_is_no_nan(variant):
+    policy, mask = torch.zeros(2, 2, requires_grad=True), torch.tensor([[True, True], [False, False]])
+    variant("gspo").grpo_microbatch_train_step(
+        policy, mask, 1, "grpo_clip", advantages=torch.ones(2, 1), old_log_probs=torch.zeros(2, 2), cliprange=0.2)
+    assert close(policy.grad, [[-0.25, -0.25], [0.0, 0.0]])
+
+
+def test_cispo_has_reinforces_gradient_with_a_bounded_weight(variant, monkeypatch):
+    # In the first two PPO's gradient is 0. −sg(min(ρ, 1.2)) · A for each token
+    ratios, advantages = [1.5, 0.5, 1.1, 3.0], [1.0, -1.0, 2.0, -1.0]
+    flags = "--loss_type grpo_clip --epochs_per_rollout_batch 2 --cliprange 0.2"
+    _, grad = grpo_update(variant("cispo"), monkeypatch, [log(ratio) for ratio in ratios], advantages, flags,
+                          old=[[0.0]] * 4)
+    assert close(4 * grad, [[-1.2], [0.5], [-2.2], [1.2]])
+    column = torch.tensor(advantages)[:, None]
+    _, metadata = variant("cispo").compute_grpo_clip_loss(column, torch.tensor(ratios)[:, None].log(), 0.0, 0.2)
+    assert metadata["clipped"].flatten().tolist() == [True, False, False, True]
+
+
+def test_rloo_compares_with_the_other_responses(variant, monkeypatch):
+    found = advantages_of(variant("rloo"), monkeypatch, [1, 0, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1], 4, by_std=False)
+    assert close(found, [1.0, -1 / 3, -1 / 3, -1 / 3, 1 / 3, 1 / 3, 1 / 3, -1.0, 0.0, 0.0, 0.0, 0.0])
+    assert close(found[:4], [4 / 3 * (reward - 1 / 4) for reward in (1, 0, 0, 0)])
+
+
+def test_reinforce_plus_plus_normalises_over_the_batch(variant, monkeypatch):
+    align = variant("reinforce_plus_plus")
+    # mean ½, variance 4 · ¼ / 3; groups of equal rewards teach
+    assert close(advantages_of(align, monkeypatch, [1, 1, 0, 0], 2), [math.sqrt(3) / 2] * 2 + [-math.sqrt(3) / 2] * 2)
+    found = advantages_of(align, monkeypatch, [1, 0, 0, 0, 1, 1, 0, 1], 4)
+    assert close(found.mean(), 0.0) and close(found.std(), 1.0)
+    assert advantages_of(align, monkeypatch, [0.1] * 6, 2).tolist() == [0.0] * 6
+
+
+def test_maxrl_divides_by_the_mean(variant, monkeypatch):
+    found = advantages_of(variant("maxrl"), monkeypatch, [1, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1], 4)
+    assert close(found, [3.0, -1, -1, -1, 1, 1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0])
+
+
+def test_entropy_bonus_is_the_entropys_gradient_on_average(variant):
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    align = variant("entropy_bonus")
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=7, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                         initializer_range=0.4)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="packed").eval()
+    prompt = [1, 2, 3]
+    logits = model(torch.tensor([prompt])).logits[0, -1].float()
+    (-0.5 * align.compute_entropy(logits)).backward()               # a loss of −β H
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    # The mean over the token that π samples: each of the 7, with its probability
+    found = [torch.zeros_like(parameter) for parameter in model.parameters()]
+    for token, probability in enumerate(logits.softmax(dim=-1).tolist()):
+        model.zero_grad()
+        log_probs, entropy, mask = align.get_packed_log_probs(model, [prompt], [[token]])
+        align.grpo_microbatch_train_step(
+            log_probs, mask, 1, "reinforce_with_baseline", advantages=torch.zeros(1, 1), entropy=entropy, entropy_coef=0.5)
+        for total, parameter in zip(found, model.parameters()):
+            total += probability * parameter.grad
+    assert max(grad.abs().max() for grad in expected) > 0.01
+    for ours, autograd in zip(found, expected):
+        torch.testing.assert_close(ours, autograd, rtol=1e-4, atol=1e-6)
+
+
+def test_entropy_bonus_pushes_up_what_surprises_also_at_advantage_0(variant, monkeypatch):
+    _, grad = grpo_update(variant("entropy_bonus"), monkeypatch, [[-3.0, -1.0]], [0.0], "--entropy_coef 0.1",
+                          entropy=[[1.0, 1.5]])
+    assert close(grad, [[-0.1 * (3 - 1) / 2, 0.1 * (1.5 - 1) / 2]])    # −β · (−log π − H) / |y|
