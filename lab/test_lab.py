@@ -259,9 +259,9 @@ def mixed_groups(align, monkeypatch, is_mixed):
 
     monkeypatch.setattr(align, "sample", sample)
     monkeypatch.setattr(align, "grade_responses", lambda _, texts, truths: ([{"reward": float(t)} for t in texts], 0))
-    args = align.parse_args("--algo grpo --preset tiny --group_size 2 --rollout_batch_size 6 --train_batch_size 6".split())
+    flags = "--algo grpo --preset tiny --group_size 2 --rollout_batch_size 6 --train_batch_size 6"
     problems = [{"number": i, "answer": "1"} for i in range(60)]
-    run = SimpleNamespace(args=args, reward_fn=None, log=lambda *_: None)
+    run = SimpleNamespace(args=align.parse_args(flags.split()), reward_fn=None, log=lambda *_: None)
     rollouts, repeated = align.sample_mixed_groups(run, problems, 3, 1)
     return [problem["number"] for problem in repeated], [rollout.text for rollout in rollouts], draws
 
@@ -361,17 +361,13 @@ def test_entropy_bonus_is_the_entropys_gradient_on_average(variant):
     (-0.5 * align.compute_entropy(logits)).backward()               # a loss of −β H
     expected = [parameter.grad.clone() for parameter in model.parameters()]
     # The mean over the token that π samples: each of the 7, with its probability
-    found = [torch.zeros_like(parameter) for parameter in model.parameters()]
-    for token, probability in enumerate(logits.softmax(dim=-1).tolist()):
-        model.zero_grad()
-        log_probs, entropy, mask = align.get_packed_log_probs(model, [prompt], [[token]])
-        align.grpo_microbatch_train_step(
-            log_probs, mask, 1, "reinforce_with_baseline", advantages=torch.zeros(1, 1), entropy=entropy, entropy_coef=0.5)
-        for total, parameter in zip(found, model.parameters()):
-            total += probability * parameter.grad
+    model.zero_grad()
+    log_probs, entropy, _ = align.get_packed_log_probs(model, [prompt] * 7, [[token] for token in range(7)])
+    probabilities = logits.detach().softmax(dim=-1)[:, None]
+    (0.5 * probabilities * align.entropy_loss(log_probs, entropy)).sum().backward()
     assert max(grad.abs().max() for grad in expected) > 0.01
-    for ours, autograd in zip(found, expected):
-        torch.testing.assert_close(ours, autograd, rtol=1e-4, atol=1e-6)
+    for parameter, grad in zip(model.parameters(), expected):
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-6)
 
 
 def test_entropy_bonus_pushes_up_what_surprises_also_at_advantage_0(variant, monkeypatch):
