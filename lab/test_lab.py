@@ -114,9 +114,14 @@ def run_patched(patch, folder, steps):
     """Some tiny GRPO steps of a copy of align.py with a patch, in folder/out."""
     script = measure.patched_copy(patch, folder)
     assert script.read_text() != (ROOT / "align.py").read_text()
+    return run_script(script, measure.notes_of(patch).get("Flags", ""), steps)
+
+
+def run_script(script, more_flags, steps):
+    """The same of a script, in its folder's out."""
     flags = f"--algo grpo --preset tiny --n_grpo_steps {steps} --rollout_batch_size 32 --train_batch_size 32 " \
             "--group_size 4 --validation_size 8 --validation_frequency 0 --save_frequency 0 --sampling_max_tokens 48"
-    command = measure.command_of(f"{flags} {measure.notes_of(patch).get('Flags', '')}", folder / "out", script=script)
+    command = measure.command_of(f"{flags} {more_flags}", script.parent / "out", script=script)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -144,9 +149,22 @@ def test_a_variant_fits_and_runs_and_names_its_paper(patch, tmp_path):
     assert done.returncode == 0, done.stderr
     rewards = measure.values_of(tmp_path / "out", "train/reward")
     losses = measure.values_of(tmp_path / "out", "train/loss")
-    assert len(rewards) == len(losses) == 3 and all(map(math.isfinite, losses))
+    assert len(rewards) == len(losses) == 3 and all(map(math.isfinite, rewards + losses))
     notes = measure.notes_of(patch)
     assert notes["Variant"] and notes["Source"]
+
+
+def test_the_four_patches_of_dapo_fit_together_and_run(tmp_path):
+    names = ["clip_higher", "dynamic_sampling", "token_level_loss", "overlong_punishment"]
+    patches = [LAB / f"variants/{name}.patch" for name in names]
+    script = measure.patched_copy(patches[0], tmp_path)
+    outside_of_git = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    subprocess.run(["git", "apply", *patches[1:]], cwd=tmp_path, env=outside_of_git, check=True)
+    flags = " ".join(measure.notes_of(patch).get("Flags", "") for patch in patches)
+    done = run_script(script, flags, steps=2)
+    assert done.returncode == 0, done.stderr
+    for metric in ("clip_fraction", "mixed_groups", "overlong_punishment"):
+        assert len(measure.values_of(tmp_path / "out", f"train/{metric}")) == 2
 
 
 @pytest.fixture(scope="session")
@@ -341,7 +359,7 @@ def test_reinforce_plus_plus_normalises_over_the_batch(variant, monkeypatch):
     assert close(advantages_of(align, monkeypatch, [1, 1, 0, 0], 2), [math.sqrt(3) / 2] * 2 + [-math.sqrt(3) / 2] * 2)
     found = advantages_of(align, monkeypatch, [1, 0, 0, 0, 1, 1, 0, 1], 4)
     assert close(found.mean(), 0.0) and close(found.std(), 1.0)
-    assert advantages_of(align, monkeypatch, [0.1] * 6, 2).tolist() == [0.0] * 6
+    assert advantages_of(align, monkeypatch, [0.1] * 8, 2).tolist() == [0.0] * 8     # float32: the mean is not 0.1
 
 
 def test_maxrl_divides_by_the_mean(variant, monkeypatch):
