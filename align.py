@@ -1677,7 +1677,8 @@ def compute_old_log_probs(run, prompt_ids, response_ids):
 def grpo_update(run, batch, rows, step):
     """One optimizer update on some rows of the rollout batch."""
     args, prompt_ids, response_ids = run.args, batch["prompt_ids"], batch["response_ids"]
-    # A row of weight 0 has gradient 0: it need not go through the model. The divisor counts it.
+    # A row of weight 0 has gradient 0 and need not go through the model. The divisor counts it. A loss with another term,
+    # such as a KL penalty, needs all rows.
     weights = batch["raw_rewards" if args.loss_type == "no_baseline" else "advantages"].flatten().tolist()
     useful = [i for i in rows if weights[i] != 0]
     constant = args.sampling_max_tokens if args.loss_aggregation == "masked_normalize" else None
