@@ -4,6 +4,7 @@
     pytest test_align.py -k "not run"   # the mathematics alone
 """
 
+import argparse
 import collections
 import contextlib
 import copy
@@ -327,6 +328,52 @@ def test_packed_log_probs_are_the_plain_ones(chunk, temperature, shape, monkeypa
         results.append((log_probs, entropy, mask.float(), gradients(model)))
     for one, other in zip(*results):
         assert close(one, other)
+
+
+def flash_attention_by_hand(half_only):
+    """flash_attn.flash_attn_func in plain torch, by its documentation: (B, T, heads, D), the key heads' number divides
+    the query heads', the causal mask is aligned to the bottom right corner, and it takes half precision only."""
+    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+                        alibi_slopes=None, deterministic=False, return_attn_probs=False):
+        if half_only and {q.dtype, k.dtype, v.dtype} not in ({torch.float16}, {torch.bfloat16}):
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+        assert k.shape == v.shape and q.shape[2] % k.shape[2] == 0 and q.stride(-1) == 1 and dropout_p == softcap == 0
+        heads = torch.arange(q.shape[2]) // (q.shape[2] // k.shape[2])      # the key head of each query head
+        scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k[:, :, heads].float())
+        scores = scores * (q.shape[-1]**-0.5 if softmax_scale is None else softmax_scale)
+        if causal:
+            row, column = torch.arange(q.shape[1])[:, None], torch.arange(k.shape[1])
+            scores = scores.masked_fill(column > row + k.shape[1] - q.shape[1], -math.inf)
+        weights = scores.softmax(dim=-1)
+        flash_attn_func.calls += 1
+        return torch.einsum("bhqk,bkhd->bqhd", weights, v[:, :, heads].float()).to(q.dtype)
+
+    flash_attn_func.calls = 0
+    return flash_attn_func
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("prompts, responses", [(PROMPTS, RESPONSES), ([[3]], [[4, 5, 6]]), ([[3]] * 9, [[4, 1]] * 9),
+                                                ([[1, 2, 4]] * 9, [[4 + i % 5] * (i + 1) for i in range(9)])])
+def test_the_update_through_flash_attention_is_the_one_of_eager_attention(dtype, prompts, responses, monkeypatch):
+    flash_attention = flash_attention_by_hand(half_only=dtype == "bfloat16")
+    monkeypatch.setattr(align, "flash_attn_func", flash_attention)
+    dtypes, found = [], {}
+    monkeypatch.setattr(align, "use_flash_attn", lambda tensor: dtypes.append(tensor.dtype) or True)
+    for kind, function, attention, precision in (
+            ("exact", plain_log_probs, "eager", "float32"), ("rounded", plain_log_probs, "eager", dtype),
+            ("packed", align.get_packed_log_probs, "packed", dtype)):
+        model = random_model(11, attention=attention, **GROUPED)
+        with align.autocast(argparse.Namespace(device="cpu", dtype=precision)):
+            log_probs, _, mask = function(model, prompts, responses)
+        log_probs[mask].square().sum().backward()
+        found[kind] = log_probs.detach(), gradients(model)
+    assert flash_attention.calls == 2 and dtypes == [getattr(torch, dtype)] * 2     # once in each layer
+    for exact, rounded, packed in zip(*found.values()):
+        if dtype == "float32":
+            assert close(packed, exact)
+        else:       # no further off than whole rows in bfloat16
+            assert (packed - exact).norm() <= 2 * (rounded - exact).norm()
 
 
 def test_entropy_masked_sums_and_means_and_importance_weights_by_hand():

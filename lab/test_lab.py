@@ -1,4 +1,4 @@
-"""Tests of the laboratory: pytest lab/test_lab.py, four minutes, nearly all of it a short run of each patch.
+"""Tests of the laboratory: pytest lab/test_lab.py, four minutes: a short run of each patch, gpu_check.py on a CPU.
 
 Each patch of lab/mistakes/ fits align.py as it is, and a copy with it runs or ends in the error that it names.
 Each patch of lab/variants/ fits and runs, too, and its formula gives what was derived by hand.
@@ -12,6 +12,7 @@ import importlib.util
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ LAB = Path(__file__).resolve().parent
 ROOT = LAB.parent
 sys.path.insert(0, str(LAB))
 
+import gpu_check  # noqa: E402
 import measure  # noqa: E402
 import speed  # noqa: E402
 
@@ -392,3 +394,48 @@ def test_entropy_bonus_pushes_up_what_surprises_also_at_advantage_0(variant, mon
     _, grad = grpo_update(variant("entropy_bonus"), monkeypatch, [[-3.0, -1.0]], [0.0], "--entropy_coef 0.1",
                           entropy=[[1.0, 1.5]])
     assert close(grad, [[-0.1 * (3 - 1) / 2, 0.1 * (1.5 - 1) / 2]])    # −β · (−log π − H) / |y|
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The check for a GPU, on a CPU
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def checked(script, *groups, code):
+    """{title: (result, verdict)} of gpu_check.py as a process."""
+    done = subprocess.run([sys.executable, script, *groups], capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+    return {row[0]: (row[1], row[-1]) for row in rows}
+
+
+def test_all_that_gpu_check_checks_is_right_or_left_out():
+    rows = checked(LAB / "gpu_check.py", code=0)
+    assert list(rows) == [title for group in gpu_check.GROUPS.values() for title, *_ in group]
+    right = [title for title, (_, verdict) in rows.items() if verdict == "ok"]
+    assert len(right) >= 8 and all(rows[title][1].startswith("left out: ") for title in set(rows) - set(right))
+
+
+@pytest.mark.parametrize("file, right, wrong, failed, untouched", [
+    ("align.py", "is_causal=True, scale", "is_causal=False, scale", "attention", "log-probs"),
+    ("align.py", "scale=scaling)", "scale=1.1 * scaling)", "attention", "log-probs"),
+    ("align.py", "largest = logits.amax(dim=1)", "raise MemoryError('no room')", "log-probs", "attention"),
+    ("lab/gpu_check.py", "choose_attention(kernel)\n", "__import__('os')._exit(3)\n", "attention", "log-probs")])
+def test_gpu_check_sees_what_is_wrong_and_goes_on(file, right, wrong, failed, untouched, tmp_path):
+    """`failed`, `untouched`: how the titles of rows begin that must be FAILED or ok."""
+    (tmp_path / "lab").mkdir()
+    for name in ("align.py", "lab/gpu_check.py", "lab/speed.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    text = (tmp_path / file).read_text()
+    assert right in text
+    (tmp_path / file).write_text(text.replace(right, wrong))
+    rows = checked(tmp_path / "lab/gpu_check.py", "kernels", code=1)
+    assert list(rows) == [title for title, *_ in gpu_check.GROUPS["kernels"]]
+    for title, (result, verdict) in rows.items():
+        if title.startswith(untouched):
+            assert verdict == "ok" or verdict.startswith("left out: "), result
+        elif title.startswith(failed):
+            assert verdict == "FAILED" or verdict.startswith("left out: "), result
+    verdicts = {verdict for _, verdict in rows.values()}
+    assert verdicts >= {"ok", "FAILED"}
+    assert ("no room" in wrong) == ("MemoryError: no room" in rows["log-probs through the head, bfloat16"][0])
