@@ -3,8 +3,8 @@
     python lab/gpu_check.py                 # all of it; exit code 1 if a check failed
     python lab/gpu_check.py kernels step    # these groups alone
 
-Each group of checks runs in a process of its own, so that a crash or a lack of memory costs its own rows alone. On a
-CPU it checks what it can in a minute, on smaller sizes.
+Each group of checks runs in a process of its own, so that a crash or a lack of memory costs its own rows alone. With
+vLLM it puts 3 GB into the temporary folder. On a CPU it checks what it can in a minute, on smaller sizes.
 """
 
 import argparse
