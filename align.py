@@ -155,7 +155,7 @@ SETTINGS = {
         ("model", "data/arithmetic/base_model", "Qwen/Qwen2.5-Math-1.5B", "hub id or folder"),
         ("prompt", "tiny", "r1_zero", "a name in PROMPTS (section 2)"),
         ("val_data", "data/arithmetic/test.jsonl", "data/MATH/test.jsonl", "problems to evaluate on"),
-        ("validation_size", (0, 512, 512, 512), (0, 1024, 1024, 1024), "so many of them; 0: all"),
+        ("validation_size", (0, 512, 512, 512), "so many of them; 0: all"),
         ("output_dir", ("eval_output", "sft_output", "ei_output", "grpo_output"), "where the run writes"),
         ("overwrite", False, "replace the run that output_dir holds"),
         ("seed", 0, "of every random draw"),
@@ -176,9 +176,9 @@ SETTINGS = {
         ("weight_decay", 0.0, "of AdamW; 0: off"),
         ("max_grad_norm", 1.0, "bound of the gradient's norm; inf: off"),
         ("train_batch_size", (32, 64, 512), (64, 64, 256), "sequences per optimizer update"),
-        ("tokens_per_microbatch", 4096, "in a forward pass; less: less memory, same update"),
+        ("tokens_per_microbatch", 4096, 3072, "in a forward pass; less: less memory, same update"),
         ("gradient_accumulation_steps", 0, "microbatches per update instead; 0: off"),
-        ("validation_frequency", (8, 1, 5), (50, 1, 10), "in steps; 0: first and last only"),
+        ("validation_frequency", (8, 1, 5), (100, 1, 20), "in steps; 0: first and last only"),
         ("save_frequency", (500, 4, 50), (500, 1, 50), "steps between checkpoints; 0: none"),
         ("keep_checkpoints", 2, "only the newest so many; 0: all"),
         ("resume", False, "go on with output_dir's run and its settings"),
@@ -609,6 +609,7 @@ def use_flash_attn(query):
 def packed_attention(module, query, key, value, *_, scaling=None, rows=None, places=None, cache=None, **rest):
     """What transformers calls in each layer: query, key, value (1, heads, M, D) -> (1, M, heads, D).
     Without rows these are whole sequences, (B, heads, T, D), or a PrefixCache's newest tokens."""
+    query, key = query.to(value.dtype), key.to(value.dtype)     # under autocast rotary embeddings leave them float32
     if rows is None and cache is not None:
         return cache.attend(module.layer_idx, query, key, value, scaling), None
     if rows is not None:    # -> (B, heads, longest, D)
@@ -1110,18 +1111,19 @@ GAP_LIMITS = {"float32": (1e-3, 1e-2), "bfloat16": (0.15, 3.0)}
 
 
 def check_weights(model, served):
-    """UserError unless the sampler's weights {name: tensor} are the trainer's, cast to their dtype, to the last bit."""
-    compared = 0
+    """UserError unless the sampler's weights {name: tensor} are the trainer's, cast to their dtype, to the last bit.
+    To be called right after load_weights: a sleeping vLLM has none."""
+    ends = {}       # of what has been compared of each of the sampler's tensors: vLLM fuses q, k and v, and gate and up
     for name, parameter in model.named_parameters():
-        # vLLM fuses q, k and v, and gate and up: its tensors begin with the first of them. The vocabulary may be
-        # padded. On a CPU it repacks matrices and leaves nothing to compare.
-        fused = name.replace("q_proj", "qkv_proj").replace("gate_proj", "gate_up_proj")
-        weight, own = full_tensor(parameter.detach()), served.get(fused, served.get(name))
-        if own is not None and len(own) >= len(weight):
-            same = torch.equal(own[:len(weight)], weight.to(own.dtype))
+        fused = re.sub(r"\b[qkv]_proj", "qkv_proj", re.sub(r"\b(gate|up)_proj", "gate_up_proj", name))
+        place = name if name in served else fused
+        weight, start = full_tensor(parameter.detach()), ends.get(place, 0)
+        own = served.get(place, weight[:0])[start:start + len(weight)]
+        if len(own):        # on a CPU vLLM repacks matrices and leaves nothing here
+            same = torch.equal(own, weight.to(own.dtype))
             check(same, f"the sampler has stale or wrong weights: its {name} is not the trainer's")
-            compared += 1
-    check(compared, "the sampler has none of the trainer's weights under the same name: they cannot be compared")
+            ends[place] = start + len(weight)
+    check(ends, "the sampler has none of the trainer's weights under the same name: they cannot be compared")
 
 
 def check_sampler(run, rollouts, temperature):
