@@ -13,6 +13,7 @@ a measurement that was interrupted goes on, and after a change of align.py it st
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import random
@@ -57,6 +58,7 @@ TABLES = {      # a table and the names that measure its rows; where there are s
     "budget": ["budget"],
     "gsm8k": ["gsm8k"],
     "mistakes": ["mistakes"],
+    "variants": ["variants"],
     "speed": ["tiny_step", "trl", "sampling", "training_rate", "log_probs", "linear"],
     "grading": ["grading"],
     "kills": ["kills"],
@@ -158,14 +160,14 @@ def values_of(folder, *names):
     return [sum(record[name] for name in names) for record in records]
 
 
-def percent(folder, name="eval/accuracy"):
-    """A share at the end of a run."""
-    return 100 * values_of(folder, name)[-1]
+def percent(folder, name="eval/accuracy", when=-1):
+    """A share at the end of a run, or with when=0 before its first step."""
+    return 100 * values_of(folder, name)[when]
 
 
-def mean_percent(folders, name="eval/accuracy"):
+def mean_percent(folders, name="eval/accuracy", when=-1):
     """The same of several runs: mean ± standard deviation."""
-    ends = [percent(folder, name) for folder in folders]
+    ends = [percent(folder, name, when) for folder in folders]
     return f"{statistics.fmean(ends):.1f} ± {statistics.stdev(ends):.1f}"
 
 
@@ -279,12 +281,14 @@ def gsm8k():
 
 
 def notes_of(patch):
-    """The comments above a patch: Mistake, Symptom, and where they matter Flags of the run and the Error it ends in."""
+    """The comments above a patch. Of a mistake: Mistake, Symptom, and where they matter Flags of the run and the Error
+    it ends in. Of a variant: Variant, Source, Seen, and where they matter Flags, the package that it Needs and the
+    script that makes the Data of its own task."""
     return dict(re.findall(r"^# (\w+): (.*)$", patch.read_text(), re.MULTILINE))
 
 
 def patched_copy(patch, folder):
-    """A copy of align.py with the mistake in it."""
+    """A copy of align.py with the patch in it."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / "align.py", folder)
     outside_of_git = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}        # or nothing is applied
@@ -314,6 +318,57 @@ def figures(name, script, flags):
         values = values_of(folders[0], f"train/{metric}")
         cells.append(f"{values[0]:.2g} → {values[-1]:.2g}")
     return cells
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The field's ideas as patches of align.py, in lab/variants/
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def variants():
+    rows = [["align.py as it is", "", "", mean_percent(variant_runs(ROOT / "align.py", "")), "", ""]]
+    for patch in sorted(LAB.glob("variants/*.patch")):
+        notes, flags = notes_of(patch), notes_of(patch).get("Flags", "")
+        if not installed(notes.get("Needs", "torch").partition("==")[0]):
+            rows += leave_out(patch.stem, notes["Needs"])
+            continue
+        script = patched_copy(patch, folder_of("variants", patch.stem))
+        if "Data" in notes:             # a task of its own, which the unpatched file does not know
+            make_data(LAB / "variants" / notes["Data"], script)
+            runs = variant_runs(script, flags)
+            shutil.copy(runs[0] / "curves.png", LAB / f"{patch.stem}.png")
+            unpatched = f"its own task: {mean_percent(runs, when=0)} at step 0, [curves]({patch.stem}.png)"
+        else:
+            runs = variant_runs(script, flags)
+            unpatched = mean_percent(variant_runs(ROOT / "align.py", flags)) if flags else ""
+        with_flags = f", `{flags}`" if flags else ""
+        rows.append([f"[`{patch.stem}`](variants/{patch.name})", f"{notes['Variant']} ({notes['Source']})",
+                     changed_lines(patch), mean_percent(runs), f"{unpatched}{with_flags}", notes.get("Seen", "")])
+    return rows
+
+
+def variant_runs(script, flags):
+    """The folders of three seeds. They are named by the script and the flags, so that what changes is run anew."""
+    of_this = hashlib.sha256(script.read_bytes() + flags.encode()).hexdigest()[:7]
+    folders = [folder_of("variants", of_this, f"seed{seed}") for seed in range(3)]
+    for seed, folder in enumerate(folders):
+        run(folder, f"{SHORT['$G']} {flags} --seed {seed}", script=script)
+    return folders
+
+
+def changed_lines(patch):
+    """How many lines a patch adds and takes away: "+20 −8"."""
+    lines = patch.read_text().splitlines()
+    added = sum(line.startswith("+") and not line.startswith("+++ ") for line in lines)
+    removed = sum(line.startswith("-") and not line.startswith("--- ") for line in lines)
+    return f"+{added} −{removed}"
+
+
+def make_data(script, align):
+    """Runs the script that makes a variant's data, with the patched align.py, unless it has been run."""
+    if not (ROOT / "data" / script.stem / "base_model").exists():
+        environment = os.environ | {"PYTHONPATH": str(align.parent)}
+        subprocess.run([sys.executable, script], cwd=ROOT, env=environment, check=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -147,13 +147,15 @@ def test_a_mistake_can_be_made_and_runs_or_ends_in_its_error(patch, tmp_path):
 
 @pytest.mark.parametrize("patch", VARIANTS, ids=lambda patch: patch.stem)
 def test_a_variant_fits_and_runs_and_names_its_paper(patch, tmp_path):
+    notes = measure.notes_of(patch)
+    assert notes["Variant"] and notes["Source"]
+    if "Data" in notes or "Needs" in notes:
+        pytest.skip("has a test of its own below")
     done = run_patched(patch, tmp_path, steps=3)
     assert done.returncode == 0, done.stderr
     rewards = measure.values_of(tmp_path / "out", "train/reward")
     losses = measure.values_of(tmp_path / "out", "train/loss")
     assert len(rewards) == len(losses) == 3 and all(map(math.isfinite, rewards + losses))
-    notes = measure.notes_of(patch)
-    assert notes["Variant"] and notes["Source"]
 
 
 def test_the_four_patches_of_dapo_fit_together_and_run(tmp_path):
@@ -394,6 +396,127 @@ def test_entropy_bonus_pushes_up_what_surprises_also_at_advantage_0(variant, mon
     _, grad = grpo_update(variant("entropy_bonus"), monkeypatch, [[-3.0, -1.0]], [0.0], "--entropy_coef 0.1",
                           entropy=[[1.0, 1.5]])
     assert close(grad, [[-0.1 * (3 - 1) / 2, 0.1 * (1.5 - 1) / 2]])    # −β · (−log π − H) / |y|
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Variants: Countdown, LoRA
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def countdown_reward(variant):
+    """The reward function of a copy of align.py with countdown.patch in it."""
+    reward_fn, stop = variant("countdown").reward_fn_and_stop("countdown")
+    assert stop == "</answer>"
+    return reward_fn
+
+
+def run_variant(name, flags, steps, folder):
+    """A run of a patched copy of align.py in folder/out, which is returned."""
+    done = run_script(measure.patched_copy(LAB / f"variants/{name}.patch", folder), flags, steps)
+    assert done.returncode == 0, done.stderr
+    return folder / "out"
+
+
+@pytest.mark.parametrize("expression, truth, reward", [
+    ("3+5+7", "3 5 7 = 15", 1),
+    ("7 + (5 + 3)", "3 5 7 = 15", 1),
+    ("(7-5)*3", "3 5 7 = 6", 1),
+    ("7-5*3", "3 5 7 = -8", 1),             # * before -
+    ("8/(3-8/3)", "3 3 8 8 = 24", 1),       # 8 / (1/3), which is 23.999999999999989 in floats
+    ("3+5-7", "3 5 7 = 15", 0),             # it is 1
+    ("3+5", "3 5 7 = 8", 0),                # without the 7
+    ("3+5+7-7", "3 5 7 = 8", 0),            # the 7 twice
+    ("5+5", "5 5 = 10", 1),                 # two fives are given
+    ("5+5", "3 5 = 10", 0),
+    ("35-7", "3 5 7 = 28", 0),              # 35 is not given
+    ("15", "3 5 7 = 15", 0),
+    ("3+5+7=15", "3 5 7 = 15", 0),
+    ("-3+5+7", "3 5 7 = 9", 0),             # a sign is none of the operations
+])
+def test_countdown_wants_the_target_from_each_number_once(countdown_reward, expression, truth, reward):
+    grades = countdown_reward(f" 1+1=3 </think> <answer> {expression} </answer>", truth)
+    assert grades == {"reward": reward, "format_reward": 1, "answer_reward": reward}
+
+
+@pytest.mark.parametrize("expression", [
+    "9**9**9**9", "9" * 5000, "9" * 100, "*".join("9" * 5000), "(" * 2000 + "3" + ")" * 2000, "(" * 49 + "3" + ")" * 49,
+    "-" * 90 + "3", "3/(5-5)", "3//5", "3%5", "3<<5", "3 5 7", "3(5)(7)", "(3, 5, 7)", "3.0+5+7", "1e99", "0x3", "007",
+    "３+5+7", "3\n+5+7", "3+5+7\x00", "3+5+7#", "\ud800", "print(3)", "__import__('os').abort()", "lambda: 3",
+    "[3 for _ in iter(int, 1)]", "a", "'3'", ")", "+", "()", "", "   ", "15 if 3+5+7 else 0", "3+5+7;", "x:=15"])
+def test_countdown_gives_hostile_answers_nothing_and_raises_nothing(countdown_reward, expression):
+    for truth in ("3 5 7 = 15", "3 5 5 = 1", "3 = 3.5", ""):
+        assert countdown_reward(f" </think> <answer> {expression} </answer>", truth)["reward"] == 0
+
+
+def test_countdown_wants_the_answer_format(countdown_reward):
+    assert countdown_reward(" So it is 3+5+7.", "3 5 7 = 15") == {
+        "reward": 0, "format_reward": 0, "answer_reward": 0}
+    # load_traces asks for the format alone, with no truth
+    assert countdown_reward(" </think> <answer> 3+5+7 </answer>", "")["format_reward"] == 1
+
+
+def test_every_problem_of_countdown_has_an_answer_and_its_documents_know_it(countdown_reward):
+    sys.path.insert(0, str(LAB / "variants"))
+    import countdown
+    assert countdown.expressions((1, 1, 5)) == {
+        "1+1+5": (2, 7), "1+5+1": (6, 7), "5+1+1": (6, 7), "5-1-1": (4, 3), "1-1+5": (0, 5), "1+5-1": (6, 5),
+        "5+1-1": (6, 5), "5-1+1": (4, 5)}
+    problems = countdown.make_problems()
+    assert len({problem["problem"] for problem in problems}) == len(problems)
+    for problem in problems[:100]:
+        numbers, _, target = problem["answer"].partition(" = ")
+        values = countdown.expressions(tuple(int(number) for number in numbers.split()))
+        for text, (_, value) in values.items():
+            right = countdown_reward(f" </think> <answer> {text} </answer>", problem["answer"])["reward"]
+            assert right == (value == int(target))
+        assert int(target) in [value for _, value in values.values()]
+
+
+def test_countdown_runs(tmp_path):
+    problem = '{"problem": "15 from 3, 5, 7", "answer": "3 5 7 = 15"}\n'
+    (tmp_path / "problems.jsonl").write_text(problem * 8)
+    data = f"--train_data {tmp_path}/problems.jsonl --val_data {tmp_path}/problems.jsonl"
+    out = run_variant("countdown", f"--prompt countdown {data}", 1, tmp_path)
+    assert len(measure.values_of(out, "train/reward")) == 1
+
+
+LORA_RUN = "--save_frequency 1 --weight_decay 0.1"       # the decay would show in weights that should not be trained
+
+
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory):
+    """Three steps with adapters."""
+    pytest.importorskip("peft")
+    return run_variant("lora", LORA_RUN, 3, tmp_path_factory.mktemp("lora"))
+
+
+def test_lora_samples_from_the_merged_weights(lora_run):
+    gaps = measure.values_of(lora_run, "train/sampler_gap_max")
+    assert len(gaps) == 3 and max(gaps) < 1e-4
+    assert min(measure.values_of(lora_run, "train/grad_norm")) > 0
+
+
+def test_lora_changes_each_matrix_by_rank_8_and_nothing_else(lora_run):
+    from transformers import AutoModelForCausalLM
+    base = dict(AutoModelForCausalLM.from_pretrained(ROOT / "data/arithmetic/base_model").named_parameters())
+    for folder in ("checkpoint-1", "final_model"):
+        merged = dict(AutoModelForCausalLM.from_pretrained(lora_run / folder).named_parameters())
+        assert merged.keys() == base.keys()
+        for name, weight in merged.items():
+            if "proj" in name:
+                sizes = torch.linalg.svdvals((weight - base[name]).double())
+                assert sizes[7] > 100 * sizes[8], name      # below are rounding errors
+            else:
+                assert torch.equal(weight, base[name]), name
+
+
+def test_lora_resumes_exactly(lora_run):
+    whole = measure.content(lora_run)
+    shutil.rmtree(lora_run / "final_model")
+    shutil.rmtree(lora_run / "checkpoint-2")
+    run_variant("lora", f"{LORA_RUN} --resume", 3, lora_run.parent)
+    assert measure.content(lora_run) == whole
 
 
 # ---------------------------------------------------------------------------------------------------------------
