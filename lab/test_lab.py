@@ -460,8 +460,8 @@ def test_every_problem_of_countdown_has_an_answer_and_its_documents_know_it(coun
     sys.path.insert(0, str(LAB / "variants"))
     import countdown
     assert countdown.expressions((1, 1, 5)) == {
-        "1+1+5": (2, 7), "1+5+1": (6, 7), "5+1+1": (6, 7), "5-1-1": (4, 3), "1-1+5": (0, 5), "1+5-1": (6, 5),
-        "5+1-1": (6, 5), "5-1+1": (4, 5)}
+        "1+1+5": ("1+1=2+5", 7), "1+5+1": ("1+5=6+1", 7), "5+1+1": ("5+1=6+1", 7), "5-1-1": ("5-1=4-1", 3),
+        "1-1+5": ("1-1=0+5", 5), "1+5-1": ("1+5=6-1", 5), "5+1-1": ("5+1=6-1", 5), "5-1+1": ("5-1=4+1", 5)}
     problems = countdown.make_problems()
     assert len({problem["problem"] for problem in problems}) == len(problems)
     for problem in problems[:100]:

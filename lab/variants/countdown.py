@@ -12,7 +12,6 @@ import functools
 import itertools
 import os
 import random
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -31,14 +30,15 @@ P_SLIP, MOST_TRIES = 0.02, 5        # the value of a try is wrong; tries at most
 
 @functools.cache
 def expressions(numbers):
-    """{text: (value of its first two numbers, value)} of three numbers in any order with + and - between them. No value
-    is negative, and the last one is above 0."""
+    """{text: (steps, value)} of three numbers in any order with + and - between them: "3+5-7": ("3+5=8-7", 1). No
+    running total is negative, and the value is above 0."""
     values = {}
     for a, b, c in itertools.permutations(numbers):
         for first, second in itertools.product((1, -1), repeat=2):
             total = a + first * b
             if total >= 0 and total + second * c > 0:
-                values[f"{a}{first * b:+d}{second * c:+d}"] = total, total + second * c
+                ab, last = f"{a}{first * b:+d}", f"{second * c:+d}"
+                values[ab + last] = f"{ab}={total}{last}", total + second * c
     return values
 
 
@@ -61,11 +61,10 @@ def make_document(rng, problems):
     n_tries = MOST_TRIES if rng.random() < P_SEARCH else 1
     steps = []
     for text in rng.sample(list(values), min(len(values), n_tries)):
-        total, value = values[text]
+        work, value = values[text]
         if rng.random() < P_SLIP:
             value += rng.choice([-2, -1, 1, 2])
-        ab, c = re.fullmatch(r"(.+)([+-]\d+)", text).groups()
-        steps.append(f"{ab}={total}{c}={value}")                    # 3+5=8-7=1
+        steps.append(f"{work}={value}")
         if value == int(target):
             break
     reasoning = ", ".join(steps)        # the last try is the answer, whether it fits or not
