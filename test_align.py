@@ -4,7 +4,6 @@
     pytest test_align.py -k "not run"   # the mathematics alone
 """
 
-import argparse
 import collections
 import contextlib
 import copy
@@ -330,52 +329,6 @@ def test_packed_log_probs_are_the_plain_ones(chunk, temperature, shape, monkeypa
         assert close(one, other)
 
 
-def flash_attention_by_hand(half_only):
-    """flash_attn.flash_attn_func in plain torch, by its documentation: (B, T, heads, D), the key heads' number divides
-    the query heads', the causal mask is aligned to the bottom right corner, and it takes half precision only."""
-    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-                        alibi_slopes=None, deterministic=False, return_attn_probs=False):
-        if half_only and {q.dtype, k.dtype, v.dtype} not in ({torch.float16}, {torch.bfloat16}):
-            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
-        assert k.shape == v.shape and q.shape[2] % k.shape[2] == 0 and q.stride(-1) == 1 and dropout_p == softcap == 0
-        heads = torch.arange(q.shape[2]) // (q.shape[2] // k.shape[2])      # the key head of each query head
-        scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k[:, :, heads].float())
-        scores = scores * (q.shape[-1]**-0.5 if softmax_scale is None else softmax_scale)
-        if causal:
-            row, column = torch.arange(q.shape[1])[:, None], torch.arange(k.shape[1])
-            scores = scores.masked_fill(column > row + k.shape[1] - q.shape[1], -math.inf)
-        weights = scores.softmax(dim=-1)
-        flash_attn_func.calls += 1
-        return torch.einsum("bhqk,bkhd->bqhd", weights, v[:, :, heads].float()).to(q.dtype)
-
-    flash_attn_func.calls = 0
-    return flash_attn_func
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("prompts, responses", [(PROMPTS, RESPONSES), ([[3]], [[4, 5, 6]]), ([[3]] * 9, [[4, 1]] * 9),
-                                                ([[1, 2, 4]] * 9, [[4 + i % 5] * (i + 1) for i in range(9)])])
-def test_the_update_through_flash_attention_is_the_one_of_eager_attention(dtype, prompts, responses, monkeypatch):
-    flash_attention = flash_attention_by_hand(half_only=dtype == "bfloat16")
-    monkeypatch.setattr(align, "flash_attn_func", flash_attention)
-    dtypes, found = [], {}
-    monkeypatch.setattr(align, "use_flash_attn", lambda tensor: dtypes.append(tensor.dtype) or True)
-    for kind, function, attention, precision in (
-            ("exact", plain_log_probs, "eager", "float32"), ("rounded", plain_log_probs, "eager", dtype),
-            ("packed", align.get_packed_log_probs, "packed", dtype)):
-        model = random_model(11, attention=attention, **GROUPED)
-        with align.autocast(argparse.Namespace(device="cpu", dtype=precision)):
-            log_probs, _, mask = function(model, prompts, responses)
-        log_probs[mask].square().sum().backward()
-        found[kind] = log_probs.detach(), gradients(model)
-    assert flash_attention.calls == 2 and dtypes == [getattr(torch, dtype)] * 2     # once in each layer
-    for exact, rounded, packed in zip(*found.values()):
-        if dtype == "float32":
-            assert close(packed, exact)
-        else:       # no further off than whole rows in bfloat16
-            assert (packed - exact).norm() <= 2 * (rounded - exact).norm()
-
-
 def test_entropy_masked_sums_and_means_and_importance_weights_by_hand():
     logits = torch.tensor([[0.0, 0, 0, 0], [0, 0, -math.inf, -math.inf], [1000, 0, 0, 0]])
     assert torch.allclose(align.compute_entropy(logits), torch.tensor([math.log(4), math.log(2), 0.0]))
@@ -502,27 +455,6 @@ def test_padding_order_and_microbatch_size_never_change_an_sft_update(tokens):
     align.sft_update(run, list(zip(PROMPTS, RESPONSES))[::-1], step=1)
     assert close(before - weights_of(run.model), gradients(reference))
     assert run.step_metrics()["train/loss"] == pytest.approx(loss.item(), abs=1e-5)
-
-
-class CountWaits(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts the operations for which a program waits until a GPU has computed their arguments."""
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        by_mask = function.name() == "aten::index.Tensor" and any(i.dtype == torch.bool for i in args[1] if i is not None)
-        self.count += by_mask or function.name() in ("aten::_local_scalar_dense", "aten::nonzero")
-        return function(*args, **(kwargs or {}))
-
-
-def test_an_update_waits_for_the_device_at_most_once_per_microbatch():
-    waits = {}
-    for n in (1, 6):
-        run = make_run(random_model(11), None, loss_type="grpo_clip", gradient_accumulation_steps=n)
-        batch = {"prompt_ids": PROMPTS, "response_ids": RESPONSES, "raw_rewards": WEIGHTS, "advantages": WEIGHTS + 2}
-        batch["old_log_probs"] = align.compute_old_log_probs(run, PROMPTS, RESPONSES)
-        with CountWaits() as waits[n]:
-            align.grpo_update(run, batch, [3, 0, 5, 1, 4, 2], step=1)
-    assert 0 < waits[6].count <= waits[1].count + 5
 
 
 def test_missing_arguments_wrong_types_and_wrong_shapes_are_refused():
@@ -1157,20 +1089,6 @@ def test_runs_stop_at_the_step_whose_weight_sync_was_skipped(tiny_data, tmp_path
     metrics = metrics_of(out)
     assert [record["step"] for record in metrics] == [0, 1, 2]
     assert all(record["train/sampler_gap_max"] < gap for record in metrics[1:])
-
-
-@pytest.mark.parametrize("vllm", [
-    "raise ImportError('undefined symbol')", "def LLM(*_, **__): raise AssertionError('memory profiling')"])
-def test_binaries_that_do_not_fit_end_in_one_sentence(tiny_data, tmp_path, vllm):
-    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol')")    # training goes without it
-    (tmp_path / "flash_attn-2.8.3.dist-info").mkdir()
-    (tmp_path / "flash_attn-2.8.3.dist-info/METADATA").write_text("Name: flash-attn\nVersion: 2.8.3\n")
-    (tmp_path / "vllm.py").write_text(vllm)
-    done = subprocess.run(
-        [sys.executable, "align.py", "--algo", "eval", "--preset", "tiny", "--sampler", "vllm"], cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert re.match("align.py: vLLM cannot serve .*(undefined symbol|memory profiling).*--sampler torch", done.stderr)
 
 
 def test_compare_runs_what_is_not_finished_and_tabulates_it(tiny_data, tmp_path):

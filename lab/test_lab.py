@@ -7,6 +7,7 @@ Where a patch does not fit any more, make the change again by hand and write it 
     pytest lab/test_lab.py -k "not run"     # seconds
 """
 
+import argparse
 import functools
 import importlib.util
 import math
@@ -23,11 +24,13 @@ import torch
 
 LAB = Path(__file__).resolve().parent
 ROOT = LAB.parent
-sys.path.insert(0, str(LAB))
+sys.path[:0] = [str(LAB), str(ROOT)]
 
 import gpu_check  # noqa: E402
 import measure  # noqa: E402
 import speed  # noqa: E402
+from test_align import (  # noqa: E402
+    GROUPED, PROMPTS, RESPONSES, WEIGHTS, align, close, gradients, make_run, plain_log_probs, random_model)
 
 PATCHES = sorted(LAB.glob("mistakes/*.patch"))
 VARIANTS = sorted(LAB.glob("variants/*.patch"))
@@ -185,7 +188,7 @@ def variant(tmp_path_factory):
     return load
 
 
-def close(found, expected):
+def near(found, expected):
     torch.testing.assert_close(torch.as_tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-6)
     return True
 
@@ -226,22 +229,22 @@ def advantages_of(align, monkeypatch, rewards, group_size, by_std=True, **more):
 def test_kl_penalty_is_r_less_log_r_less_1_and_pulls_every_row(variant, monkeypatch):
     align = variant("kl_penalty")
     ratios = torch.tensor([0.5, 1.0, 2.0])                              # π_ref / π
-    assert close(align.kl_penalty(torch.zeros(3), ratios.log()), [math.log(2) - 0.5, 0.0, 1 - math.log(2)])
+    assert near(align.kl_penalty(torch.zeros(3), ratios.log()), [math.log(2) - 0.5, 0.0, 1 - math.log(2)])
     draws = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0))
     assert (align.kl_penalty(*draws) >= 0).all()
     # ∂ (r − log r − 1) / ∂ log π = 1 − r. Two responses, two tokens: β / 4 each, also at an advantage of 0.
     loss, grad = grpo_update(align, monkeypatch, [[0.0, 0.0], [0.0, 0.0]], [1.0, 0.0], "--kl_coef 0.4",
                              ref_log_probs=[log(2, 1), log(0.5, 3)])
-    assert close(grad, [[-0.25 - 0.1, -0.25], [0.05, -0.2]])
+    assert near(grad, [[-0.25 - 0.1, -0.25], [0.05, -0.2]])
     k3 = 1 - math.log(2) + math.log(2) - 0.5 + 2 - math.log(3)
-    assert close(loss, 0.1 * k3)
+    assert near(loss, 0.1 * k3)
 
 
 def test_kl_penalty_is_the_divergence_on_average(variant):
     # Over tokens that π samples, the mean of r − log r − 1 is Σ π log(π / π_ref).
     policy, reference = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
     mean = (policy * variant("kl_penalty").kl_penalty(policy.log(), reference.log())).sum()
-    assert close(mean, 0.5 * math.log(2.5) + 0.3 * math.log(1.5) + 0.2 * math.log(1 / 3))
+    assert near(mean, 0.5 * math.log(2.5) + 0.3 * math.log(1.5) + 0.2 * math.log(1 / 3))
 
 
 @pytest.mark.parametrize("advantage, ratio, loss, gradient", [
@@ -254,20 +257,20 @@ def test_kl_penalty_is_the_divergence_on_average(variant):
 def test_clip_higher_bounds(advantage, ratio, loss, gradient, variant, monkeypatch):
     flags = "--loss_type grpo_clip --epochs_per_rollout_batch 2"
     found = grpo_update(variant("clip_higher"), monkeypatch, [log(ratio)], [advantage], flags, old=[[0.0]])
-    assert close(found[0], loss) and close(found[1], [[gradient]])      # ∂ρ / ∂ log π = ρ
+    assert near(found[0], loss) and near(found[1], [[gradient]])      # ∂ρ / ∂ log π = ρ
     flags = flags.replace("grpo_clip", "grpo_no_clip")
     found = grpo_update(variant("clip_higher"), monkeypatch, [log(ratio)], [advantage], flags, old=[[0.0]])
-    assert close(found[1], [[-ratio * advantage]])
+    assert near(found[1], [[-ratio * advantage]])
 
 
 @pytest.mark.parametrize("tokens_per_microbatch", [1000, 2])
 def test_token_level_loss_is_the_mean_over_all_tokens(tokens_per_microbatch, variant, monkeypatch):
     align, flags = variant("token_level_loss"), f"--tokens_per_microbatch {tokens_per_microbatch}"
     loss, grad = grpo_update(align, monkeypatch, [[-2.0], [-1.0, -3.0, -5.0]], [1.0, -1.0], flags)
-    assert close(loss, (2 - 1 - 3 - 5) / 4) and close(grad, [[-1 / 4, 0, 0], [1 / 4, 1 / 4, 1 / 4]])
+    assert near(loss, (2 - 1 - 3 - 5) / 4) and near(grad, [[-1 / 4, 0, 0], [1 / 4, 1 / 4, 1 / 4]])
     # A response of advantage 0 has no gradient, but its four tokens count.
     _, grad = grpo_update(align, monkeypatch, [[-2.0], [-1.0, -3.0, -5.0], [-1.0] * 4], [1.0, -1.0, 0.0], flags)
-    assert close(grad[:2], [[-1 / 8, 0, 0, 0], [1 / 8, 1 / 8, 1 / 8, 0]])
+    assert near(grad[:2], [[-1 / 8, 0, 0, 0], [1 / 8, 1 / 8, 1 / 8, 0]])
 
 
 def mixed_groups(align, monkeypatch, is_mixed):
@@ -307,18 +310,18 @@ def test_dynamic_sampling_draws_once_where_it_can_and_gives_up_after_ten(variant
 def test_overlong_punishment_falls_from_0_to_minus_1(variant, monkeypatch):
     align = variant("overlong_punishment")
     lengths = torch.tensor([40, 48, 52, 64])                            # L_max 64, L_cache 16
-    assert close(align.overlong_punishment(lengths, 64, 16), [0.0, 0.0, -0.25, -1.0])
+    assert near(align.overlong_punishment(lengths, 64, 16), [0.0, 0.0, -0.25, -1.0])
     # Two right responses of which one is too long are no longer equal.
     punishments = torch.tensor([0.0, -1.0, 0.0, 0.0])
     found = advantages_of(align, monkeypatch, [1, 1, 0, 0], 2, by_std=False, punishments=punishments)
-    assert close(found, [0.5, -0.5, 0.0, 0.0])
+    assert near(found, [0.5, -0.5, 0.0, 0.0])
 
 
 def test_gspo_ratio_is_the_geometric_mean(variant):
     align = variant("gspo")
     policy, mask = torch.tensor([log(2, 8, 100), log(3, 100, 100)]), torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
     found = align.sequence_log_ratio(policy, torch.zeros(2, 3), mask).exp()
-    assert close(found, [[math.sqrt(2 * 8)], [3.0]])
+    assert near(found, [[math.sqrt(2 * 8)], [3.0]])
 
 
 def test_gspo_clips_whole_responses(variant, monkeypatch):
@@ -326,17 +329,17 @@ def test_gspo_clips_whole_responses(variant, monkeypatch):
     # s = √(1.44 · 1) = 1.2: ∂s / ∂ log π = s / |y|, for each token alike
     responses, old = [log(1.44, 1), log(0.9)], [[0.0, 0.0], [0.0]]
     loss, grad = grpo_update(align, monkeypatch, responses, [1.0, -2.0], f"{flags} --cliprange 0.3", old=old)
-    assert close(loss, (-1.2 + 1.8) / 2) and close(grad, [[-0.3, -0.3], [0.9, 0.0]])
+    assert near(loss, (-1.2 + 1.8) / 2) and near(grad, [[-0.3, -0.3], [0.9, 0.0]])
     # Clipped, the first response has no gradient at all, not even at the token whose own ratio is 1.
     loss, grad = grpo_update(align, monkeypatch, responses, [1.0, -2.0], f"{flags} --cliprange 0.1", old=old)
-    assert close(loss, (-1.1 + 1.8) / 2) and close(grad[0], [0.0, 0.0])
+    assert near(loss, (-1.1 + 1.8) / 2) and near(grad[0], [0.0, 0.0])
 
 
 def test_gspo_of_a_response_that_does_not_count_is_no_nan(variant):
     policy, mask = torch.zeros(2, 2, requires_grad=True), torch.tensor([[True, True], [False, False]])
     variant("gspo").grpo_microbatch_train_step(
         policy, mask, 1, "grpo_clip", advantages=torch.ones(2, 1), old_log_probs=torch.zeros(2, 2), cliprange=0.2)
-    assert close(policy.grad, [[-0.25, -0.25], [0.0, 0.0]])
+    assert near(policy.grad, [[-0.25, -0.25], [0.0, 0.0]])
 
 
 def test_cispo_has_reinforces_gradient_with_a_bounded_weight(variant, monkeypatch):
@@ -345,7 +348,7 @@ def test_cispo_has_reinforces_gradient_with_a_bounded_weight(variant, monkeypatc
     flags = "--loss_type grpo_clip --epochs_per_rollout_batch 2 --cliprange 0.2"
     _, grad = grpo_update(variant("cispo"), monkeypatch, [log(ratio) for ratio in ratios], advantages, flags,
                           old=[[0.0]] * 4)
-    assert close(4 * grad, [[-1.2], [0.5], [-2.2], [1.2]])
+    assert near(4 * grad, [[-1.2], [0.5], [-2.2], [1.2]])
     column = torch.tensor(advantages)[:, None]
     _, metadata = variant("cispo").compute_grpo_clip_loss(column, torch.tensor(ratios)[:, None].log(), 0.0, 0.2)
     assert metadata["clipped"].flatten().tolist() == [True, False, False, True]
@@ -353,22 +356,22 @@ def test_cispo_has_reinforces_gradient_with_a_bounded_weight(variant, monkeypatc
 
 def test_rloo_compares_with_the_other_responses(variant, monkeypatch):
     found = advantages_of(variant("rloo"), monkeypatch, [1, 0, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1], 4, by_std=False)
-    assert close(found, [1.0, -1 / 3, -1 / 3, -1 / 3, 1 / 3, 1 / 3, 1 / 3, -1.0, 0.0, 0.0, 0.0, 0.0])
-    assert close(found[:4], [4 / 3 * (reward - 1 / 4) for reward in (1, 0, 0, 0)])
+    assert near(found, [1.0, -1 / 3, -1 / 3, -1 / 3, 1 / 3, 1 / 3, 1 / 3, -1.0, 0.0, 0.0, 0.0, 0.0])
+    assert near(found[:4], [4 / 3 * (reward - 1 / 4) for reward in (1, 0, 0, 0)])
 
 
 def test_reinforce_plus_plus_normalises_over_the_batch(variant, monkeypatch):
     align = variant("reinforce_plus_plus")
     # mean ½, variance 4 · ¼ / 3; groups of equal rewards teach
-    assert close(advantages_of(align, monkeypatch, [1, 1, 0, 0], 2), [math.sqrt(3) / 2] * 2 + [-math.sqrt(3) / 2] * 2)
+    assert near(advantages_of(align, monkeypatch, [1, 1, 0, 0], 2), [math.sqrt(3) / 2] * 2 + [-math.sqrt(3) / 2] * 2)
     found = advantages_of(align, monkeypatch, [1, 0, 0, 0, 1, 1, 0, 1], 4)
-    assert close(found.mean(), 0.0) and close(found.std(), 1.0)
+    assert near(found.mean(), 0.0) and near(found.std(), 1.0)
     assert advantages_of(align, monkeypatch, [0.1] * 8, 2).tolist() == [0.0] * 8     # float32: the mean is not 0.1
 
 
 def test_maxrl_divides_by_the_mean(variant, monkeypatch):
     found = advantages_of(variant("maxrl"), monkeypatch, [1, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1], 4)
-    assert close(found, [3.0, -1, -1, -1, 1, 1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0])
+    assert near(found, [3.0, -1, -1, -1, 1, 1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0])
 
 
 def test_entropy_bonus_is_the_entropys_gradient_on_average(variant):
@@ -395,7 +398,7 @@ def test_entropy_bonus_is_the_entropys_gradient_on_average(variant):
 def test_entropy_bonus_pushes_up_what_surprises_also_at_advantage_0(variant, monkeypatch):
     _, grad = grpo_update(variant("entropy_bonus"), monkeypatch, [[-3.0, -1.0]], [0.0], "--entropy_coef 0.1",
                           entropy=[[1.0, 1.5]])
-    assert close(grad, [[-0.1 * (3 - 1) / 2, 0.1 * (1.5 - 1) / 2]])    # −β · (−log π − H) / |y|
+    assert near(grad, [[-0.1 * (3 - 1) / 2, 0.1 * (1.5 - 1) / 2]])    # −β · (−log π − H) / |y|
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -562,3 +565,89 @@ def test_gpu_check_sees_what_is_wrong_and_goes_on(file, right, wrong, failed, un
     verdicts = {verdict for _, verdict in rows.values()}
     assert verdicts >= {"ok", "FAILED"}
     assert ("no room" in wrong) == ("MemoryError: no room" in rows["log-probs through the head, bfloat16"][0])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What only a GPU does, as far as a CPU can show it
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def flash_attention_by_hand(half_only):
+    """flash_attn.flash_attn_func in plain torch, by its documentation: (B, T, heads, D), the key heads' number divides
+    the query heads', the causal mask is aligned to the bottom right corner, and it takes half precision only."""
+    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+                        alibi_slopes=None, deterministic=False, return_attn_probs=False):
+        if half_only and {q.dtype, k.dtype, v.dtype} not in ({torch.float16}, {torch.bfloat16}):
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+        assert k.shape == v.shape and q.shape[2] % k.shape[2] == 0 and q.stride(-1) == 1 and dropout_p == softcap == 0
+        heads = torch.arange(q.shape[2]) // (q.shape[2] // k.shape[2])      # the key head of each query head
+        scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k[:, :, heads].float())
+        scores = scores * (q.shape[-1]**-0.5 if softmax_scale is None else softmax_scale)
+        if causal:
+            row, column = torch.arange(q.shape[1])[:, None], torch.arange(k.shape[1])
+            scores = scores.masked_fill(column > row + k.shape[1] - q.shape[1], -math.inf)
+        weights = scores.softmax(dim=-1)
+        flash_attn_func.calls += 1
+        return torch.einsum("bhqk,bkhd->bqhd", weights, v[:, :, heads].float()).to(q.dtype)
+
+    flash_attn_func.calls = 0
+    return flash_attn_func
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("prompts, responses", [(PROMPTS, RESPONSES), ([[3]], [[4, 5, 6]]), ([[3]] * 9, [[4, 1]] * 9),
+                                                ([[1, 2, 4]] * 9, [[4 + i % 5] * (i + 1) for i in range(9)])])
+def test_the_update_through_flash_attention_is_the_one_of_eager_attention(dtype, prompts, responses, monkeypatch):
+    flash_attention = flash_attention_by_hand(half_only=dtype == "bfloat16")
+    monkeypatch.setattr(align, "flash_attn_func", flash_attention)
+    dtypes, found = [], {}
+    monkeypatch.setattr(align, "use_flash_attn", lambda tensor: dtypes.append(tensor.dtype) or True)
+    for kind, function, attention, precision in (
+            ("exact", plain_log_probs, "eager", "float32"), ("rounded", plain_log_probs, "eager", dtype),
+            ("packed", align.get_packed_log_probs, "packed", dtype)):
+        model = random_model(11, attention=attention, **GROUPED)
+        with align.autocast(argparse.Namespace(device="cpu", dtype=precision)):
+            log_probs, _, mask = function(model, prompts, responses)
+        log_probs[mask].square().sum().backward()
+        found[kind] = log_probs.detach(), gradients(model)
+    assert flash_attention.calls == 2 and dtypes == [getattr(torch, dtype)] * 2     # once in each layer
+    for exact, rounded, packed in zip(*found.values()):
+        if dtype == "float32":
+            assert close(packed, exact)
+        else:       # no further off than whole rows in bfloat16
+            assert (packed - exact).norm() <= 2 * (rounded - exact).norm()
+
+
+class CountWaits(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the operations for which a program waits until a GPU has computed their arguments."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        by_mask = function.name() == "aten::index.Tensor" and any(i.dtype == torch.bool for i in args[1] if i is not None)
+        self.count += by_mask or function.name() in ("aten::_local_scalar_dense", "aten::nonzero")
+        return function(*args, **(kwargs or {}))
+
+
+def test_an_update_waits_for_the_device_at_most_once_per_microbatch():
+    waits = {}
+    for n in (1, 6):
+        run = make_run(random_model(11), None, loss_type="grpo_clip", gradient_accumulation_steps=n)
+        batch = {"prompt_ids": PROMPTS, "response_ids": RESPONSES, "raw_rewards": WEIGHTS, "advantages": WEIGHTS + 2}
+        batch["old_log_probs"] = align.compute_old_log_probs(run, PROMPTS, RESPONSES)
+        with CountWaits() as waits[n]:
+            align.grpo_update(run, batch, [3, 0, 5, 1, 4, 2], step=1)
+    assert 0 < waits[6].count <= waits[1].count + 5
+
+
+@pytest.mark.parametrize("vllm", [
+    "raise ImportError('undefined symbol')", "def LLM(*_, **__): raise AssertionError('memory profiling')"])
+def test_binaries_that_do_not_fit_end_in_one_sentence(tmp_path, vllm):
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol')")    # training goes without it
+    (tmp_path / "flash_attn-2.8.3.dist-info").mkdir()
+    (tmp_path / "flash_attn-2.8.3.dist-info/METADATA").write_text("Name: flash-attn\nVersion: 2.8.3\n")
+    (tmp_path / "vllm.py").write_text(vllm)
+    done = subprocess.run(
+        [sys.executable, "align.py", "--algo", "eval", "--preset", "tiny", "--sampler", "vllm"], cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert re.match("align.py: vLLM cannot serve .*(undefined symbol|memory profiling).*--sampler torch", done.stderr)
