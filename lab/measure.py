@@ -328,22 +328,22 @@ def figures(name, script, flags):
 def variants():
     rows = [["align.py as it is", "", "", mean_percent(variant_runs(ROOT / "align.py", "")), "", ""]]
     for patch in sorted(LAB.glob("variants/*.patch")):
-        notes, flags = notes_of(patch), notes_of(patch).get("Flags", "")
-        if not installed(notes.get("Needs", "torch").partition("==")[0]):
-            rows += leave_out(patch.stem, notes["Needs"])
-            continue
-        script = patched_copy(patch, folder_of("variants", patch.stem))
+        notes = notes_of(patch)
+        flags, needed = notes.get("Flags", ""), notes.get("Needs", "torch")
+        if not installed(needed.partition("==")[0]):
+            return leave_out("variants", f"pip install {needed}")
+        script, unpatched = patched_copy(patch, folder_of("variants", patch.stem)), ""
         if "Data" in notes:             # a task of its own, which the unpatched file does not know
             make_data(LAB / "variants" / notes["Data"], script)
-            runs = variant_runs(script, flags)
-            shutil.copy(runs[0] / "curves.png", LAB / f"{patch.stem}.png")
-            unpatched = f"its own task: {mean_percent(runs, when=0)} at step 0, [curves]({patch.stem}.png)"
-        else:
-            runs = variant_runs(script, flags)
-            unpatched = mean_percent(variant_runs(ROOT / "align.py", flags)) if flags else ""
-        with_flags = f", `{flags}`" if flags else ""
-        rows.append([f"[`{patch.stem}`](variants/{patch.name})", f"{notes['Variant']} ({notes['Source']})",
-                     changed_lines(patch), mean_percent(runs), f"{unpatched}{with_flags}", notes.get("Seen", "")])
+        elif flags:
+            unpatched = f"{mean_percent(variant_runs(ROOT / 'align.py', flags))}, `{flags}`"
+        runs = variant_runs(script, flags)
+        if "Data" in notes:
+            import align
+            align.report({patch.stem: runs}, LAB / f"{patch.stem}.png")
+            unpatched = f"another task: {mean_percent(runs, when=0)} at step 0, [curves]({patch.stem}.png)"
+        rows.append([f"[`{patch.stem}`](variants/{patch.name})", f"{notes['Variant']}. {notes['Source']}",
+                     changed_lines(patch), mean_percent(runs), unpatched, notes.get("Seen", "")])
     return rows
 
 
