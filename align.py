@@ -1562,13 +1562,13 @@ def forward(run, prompt_ids, response_ids, rows, counts, temperature):
 def optimizer_step(run, step, loss):
     """Clips the accumulated gradient and applies it, unless it or the update's loss is not finite."""
     decay = 1 - (step - 1) / run.last_step if run.args.lr_schedule == "linear" else 1
-    run.optimizer.param_groups[0]["lr"] = learning_rate = run.args.learning_rate * decay
+    group = run.optimizer.param_groups[0]
+    group["lr"] = learning_rate = run.args.learning_rate * decay
     reshard(run.model)
-    parameters = list(run.model.parameters())
-    for parameter in parameters:
+    for parameter in group["params"]:
         if parameter.grad is None:          # no row had anything to teach: AdamW's momentum moves on
             parameter.grad = torch.zeros_like(parameter)
-    norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, run.args.max_grad_norm)).item()
+    norm = full_tensor(torch.nn.utils.clip_grad_norm_(group["params"], run.args.max_grad_norm)).item()
     loss = statistics.fmean(all_gather(float(loss)))
     run.skipped = 0 if math.isfinite(norm + loss) else run.skipped + 1
     if not run.skipped:
@@ -1679,8 +1679,8 @@ def compute_old_log_probs(run, prompt_ids, response_ids):
 def grpo_update(run, batch, rows, step):
     """One optimizer update on some rows of the rollout batch."""
     args, prompt_ids, response_ids = run.args, batch["prompt_ids"], batch["response_ids"]
-    # A row of weight 0 has gradient 0 and need not go through the model. The divisor counts it. A loss with another term,
-    # such as a KL penalty, needs all rows.
+    # A row of weight 0 has gradient 0 and need not go through the model. The divisor counts it. A loss with another
+    # term, such as a KL penalty, needs all rows.
     weights = batch["raw_rewards" if args.loss_type == "no_baseline" else "advantages"].flatten().tolist()
     useful = [i for i in rows if weights[i] != 0]
     constant = args.sampling_max_tokens if args.loss_aggregation == "masked_normalize" else None

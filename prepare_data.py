@@ -156,7 +156,7 @@ def train_tokenizer(documents, vocab_size=320):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>")
 
 
-def pretrain(tokenizer, rng, test_questions, steps=500, batch_size=32, learning_rate=8e-3, seed=0):
+def pretrain(tokenizer, make_document, rng, test_questions, steps=500, batch_size=32, learning_rate=8e-3, seed=0):
     """Next-token prediction over whole documents, learning rate annealed to zero. Returns the model."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(
@@ -206,7 +206,7 @@ def prepare_arithmetic(folder, seed=0, force=False):
         return
     test_questions = {p["problem"] for p in test}
     tokenizer = train_tokenizer("".join(make_document(rng, test_questions)) for _ in range(2000))
-    model = pretrain(tokenizer, rng, test_questions, seed=seed)
+    model = pretrain(tokenizer, make_document, rng, test_questions, seed=seed)
     shutil.rmtree(partial, ignore_errors=True)
     logging.disable_progress_bar()
     model.save_pretrained(partial)

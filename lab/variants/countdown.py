@@ -82,10 +82,9 @@ def main():
     test, train = problems[:N_TEST], problems[N_TEST:]
     prepare_data.write_jsonl(FOLDER, {"train.jsonl": train, "test.jsonl": test}, "lab/variants/countdown.py")
 
-    prepare_data.make_document = make_document      # which `pretrain` calls
     rng, partial, base_model = random.Random(0), FOLDER / "base_model.partial", FOLDER / "base_model"
     tokenizer = prepare_data.train_tokenizer("".join(make_document(rng, train)) for _ in range(2000))
-    model = prepare_data.pretrain(tokenizer, rng, train)
+    model = prepare_data.pretrain(tokenizer, make_document, rng, train)
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
