@@ -1058,8 +1058,8 @@ def test_runs_do_not_depend_on_microbatches(small_grpo, tmp_path, flags, split):
 
 def test_runs_clip_off_policy_and_never_on_policy(small_grpo, tmp_path):
     flags = ["--loss_type", "grpo_clip", "--cliprange", 0.01, "--learning_rate", 1e-3]
-    _, off = small_grpo(tmp_path / "off", *flags, "--epochs_per_rollout_batch", 4)
     _, on = small_grpo(tmp_path / "on", *flags)
+    _, off = small_grpo(tmp_path / "off", *flags, "--epochs_per_rollout_batch", 4)
     assert off[1]["train/clip_fraction"] > 0.01
     assert [record["train/clip_fraction"] for record in on[1:]] == [0, 0]
 
@@ -1201,8 +1201,7 @@ FROM_COPY = "--dataset math --from_path copy"
 def write_layout(root, layout):
     """MATH as somebody might have it on disk."""
     for split, pairs in MATH.items():
-        records = [{"problem": problem, "solution": solution, "level": "Level 3", "type": "Geometry"}
-                   for problem, solution in pairs]
+        records = [{"problem": p, "solution": s, "level": "Level 3", "type": "Geometry"} for p, s in pairs]
         if layout == "tree":
             for i, record in enumerate(records):
                 write_lines(root / f"MATH/{split}/geometry/{i}.json", [record])
@@ -1230,35 +1229,29 @@ def test_math_is_read_from_any_layout_and_trains_on_no_test_problem(capsys, math
     assert "44 records, where the full set has 7500" in capsys.readouterr().out
     test = {p["problem"]: p for p in read_lines(math_folder / "test.jsonl")}
     assert len(test) == 2 and test["What is 3?"]["answer"] == "3"
-    six = test["Is it $6$?"]
-    assert (six["answer"], six["level"], six["subject"]) == ("6", "Level 3", "Geometry")
+    assert [test["Is it $6$?"][key] for key in ("answer", "level", "subject")] == ["6", "Level 3", "Geometry"]
     train = {p["problem"]: p["answer"] for p in read_lines(math_folder / "train.jsonl")}
     assert len(train) == 41 and train["What is $7+7$?"] == "14"
     assert [train[key] for key in train if "Half" in key] == [r"\frac{3}{2}"]
-    left_out = [record["reason"] for record in read_lines(math_folder / "left_out.jsonl")]
-    assert sorted(left_out) == ["train: a test problem, too", "train: no final answer",
-                                "train: twice in the training set"]
+    left_out = sorted(record["reason"] for record in read_lines(math_folder / "left_out.jsonl"))
+    assert left_out == ["train: a test problem, too", "train: no final answer", "train: twice in the training set"]
 
 
 @pytest.mark.parametrize("name, record, solution", [
     ("gsm8k", {"answer": "Once 2*1,200=<<2*1200=2400>>2,400 hours.\n#### 2,400"}, "Once 2*1,200=2,400 hours."),
-    ("mawps", {"chain": '<gadget id="calculator">2 * 600</gadget>\n<output>1_200</output>\n<gadget id="calculator">'
-               '1_200 * 2</gadget>\n<output>2_400</output>\n<result>2_400</result>', "result": "2_400"},
-     "2 * 600 = 1200, 1200 * 2 = 2400")])
+    ("mawps", {"chain": "<gadget id='calculator'>2 * 1_200</gadget>\n<output>2_400</output>", "result": "2_400"},
+     "2 * 1200 = 2400")])
 def test_solutions_of_gsm8k_and_mawps_as_traces_have_no_calculator_marks(name, record, solution, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for split in ("train", "test"):
         write_lines(Path(f"copy/{split}.jsonl"), [record | {"question": f"{split}? {i}"} for i in range(3)])
     prepare(f"--dataset {name} --from_path copy --traces solutions")
-    first = read_lines(Path(f"data/{name.upper()}/train.jsonl"))[0]
-    assert first["answer"] == "2400" and first["solution"] == solution
     traces = align.load_traces(f"data/{name.upper()}/sft.jsonl", "r1_zero", align.r1_zero_reward_fn)
     assert [trace["response"] for trace in traces] == [f" {solution} </think> <answer> 2400 </answer>"] * 3
 
 
-@pytest.mark.parametrize("traces, file", [
-    ("openr1.jsonl", "openr1.jsonl"),
-    ("hub:./openr1", "openr1/train.jsonl")])    # a folder in a hub repository's layout
+@pytest.mark.parametrize("traces, file", [      # the second: a folder in a hub repository's layout
+    ("openr1.jsonl", "openr1.jsonl"), ("hub:./openr1", "openr1/train.jsonl")])
 def test_traces_are_of_training_problems_and_filtered(math_folder, traces, file, capsys):
     unusable = ["It never ends", "So.</think> Done.", "An <answer>.</think>\\boxed{2}"]
     records = [{"problem": "Is it 6?", "generations": ["Yes.</think> \\boxed{6}"]},
@@ -1303,8 +1296,7 @@ class Teacher(http.server.BaseHTTPRequestHandler):
                        {"index": 0, "delta": {"reasoning_content": "ling."}},
                        {"index": 0, "delta": {"content": answer}, "finish_reason": "stop"}]
             chunk = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "r1"}
-            chunks = [json.dumps(chunk | {"choices": [choice]}) for choice in choices]
-            data = "".join(f"data: {chunk}\n\n" for chunk in chunks)
+            data = "".join(f"data: {json.dumps(chunk | {'choices': [choice]})}\n\n" for choice in choices)
         self.send_response(status)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Content-Length", len(data))

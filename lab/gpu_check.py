@@ -284,7 +284,7 @@ def step_run():
         model = align.AutoModelForCausalLM.from_config(config, attn_implementation="packed").eval()
     run = make_run(model, made_up_tokenizer(vocab), (
         f"--preset math --sampler torch --dtype bfloat16 --rollout_batch_size {n} --train_batch_size {n} "
-        f"--sampling_max_tokens {longest} --tokens_per_microbatch {4096 if CUDA else 512}"))
+        f"--sampling_max_tokens {longest} --tokens_per_microbatch {3072 if CUDA else 512}"))
     run.last_step = 4
     run.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=CUDA)
     rng = random.Random(0)
@@ -332,7 +332,7 @@ def training_step(after_vllm=False):
     free, total = torch.cuda.mem_get_info()
     peak, room = torch.cuda.max_memory_allocated(), total * (1 if after_vllm else 1 - run.args.gpu_memory_utilization)
     result += f", {'flash-attn' if flash_calls else 'sdpa'}; peak {peak / 1e9:.1f} GB, free {free / 1e9:.1f}"
-    return result, f"0.09 to 0.12 s estimated; flash-attn if installed; {room / 1e9:.0f} GB", right and peak <= room
+    return result, f"0.07 to 0.10 s estimated; flash-attn if installed; {room / 1e9:.0f} GB", right and peak <= room
 
 
 def step_sampling():
