@@ -229,9 +229,10 @@ def make_run(model, tokenizer, flags):
 
 
 def move(model, share):
-    """Moves each weight by a share of its parameter's standard deviation."""
+    """Moves each weight by a share of its parameter's standard deviation, or of 0.01 where all are equal, as at first."""
     for parameter in model.parameters():
-        parameter.data += share * parameter.std(correction=0) * torch.randn_like(parameter)
+        scale = parameter.std(correction=0).clamp(min=0.01)
+        parameter.data += share * scale * torch.randn_like(parameter)
 
 
 def weight_syncs(dtype, sleep):
