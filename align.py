@@ -480,7 +480,6 @@ def grade_responses(reward_fn, responses, truths):
 
 # ---- 4. Data: JSON lines in, dicts out -----------------------------------------------
 
-
 def read_jsonl(path, required):
     """The dicts of a JSON-lines file with their "line". Each has texts under all keys of one tuple in `required`."""
     records, wanted = [], " or ".join(" and ".join(map(repr, keys)) for keys in required)
@@ -529,7 +528,6 @@ def load_traces(path, prompt_name, reward_fn):
 
 # ---- 5. Tokens and masks -------------------------------------------------------------
 
-
 def batch_token_ids(prompt_ids, response_ids, pad_id):
     """Pads B prompts and responses (lists of ids) to (B, T), T = longest prompt + response, less 1 for the shift:
 
@@ -558,7 +556,6 @@ def tokenize_prompt_and_output(prompt_strs, output_strs, tokenizer):
 
 # ---- 6. Log-probs and entropy: what the policy thinks of each token ------------------
 
-
 def compute_entropy(logits):
     """Entropy of the next-token distribution in nats: (B, T, V) -> (B, T), float32."""
     return torch.special.entr(logits.float().softmax(dim=-1)).sum(dim=-1)   # entr(p) = -p log p
@@ -583,8 +580,7 @@ def pack(prompt_ids, response_ids, device):
         places: where in rows, flat, each packed token stands   0  1  2  6  7
 
     Attention alone sees rows; all else works token by token. A response's last token predicts nothing: left
-    out. Returns the model's arguments and the packed places of the tokens that predict a response token.
-    """
+    out. Returns the model's arguments and the packed places of the tokens that predict a response token."""
     ids, stands, rows, predictors, prompts = [], [], [], [], {}
     for i, (prompt, response) in enumerate(zip(prompt_ids, response_ids, strict=True)):
         known, start = prompts.get(tuple(prompt), []), len(ids)
@@ -717,12 +713,6 @@ def shard(model, dtype):
     # The head is not in the base model, whose call FSDP must see as one of the whole model.
     model.sharded_base = lambda *args, **kwargs: model.base_model(*args, **kwargs)
     fsdp.register_fsdp_forward_method(model, "sharded_base")
-
-
-def reshard(model):
-    """Drops again what the last forward pass of a sharded model has all-gathered."""
-    if hasattr(model, "sharded_base"):
-        model.reshard()
 
 
 def full_tensor(tensor):
@@ -873,7 +863,6 @@ def grpo_microbatch_train_step(
 
 
 # ---- 8. Sampling ---------------------------------------------------------------------
-
 
 def seed_for(seed, step, purpose):
     """A seed for one draw. There is no generator whose state a checkpoint would have to hold."""
@@ -1046,8 +1035,8 @@ class VLLMSampler:
                 distributed_executor_backend="external_launcher" if WORLD_SIZE > 1 else None)
             self.llm.generate("1", vllm.SamplingParams(max_tokens=1), use_tqdm=False)
         except (ImportError, AssertionError, ValueError, RuntimeError, OSError) as error:
-            raise UserError(f"vLLM cannot serve {args.model}: {short_message(error)}; see "
-                            "--gpu_memory_utilization (CPU: VLLM_CPU_KVCACHE_SPACE), --sampler torch") from error
+            raise UserError(f"vLLM cannot serve {args.model}: {short_message(error)}; pip install vllm==0.32.0, "
+                            "or see --gpu_memory_utilization (CPU: VLLM_CPU_KVCACHE_SPACE), --sampler torch") from error
 
     def load_weights(self, model):
         """The weight sync, parameter by parameter in memory; drops keys and values of old weights."""
@@ -1059,8 +1048,7 @@ class VLLMSampler:
                 # vLLM there multiplies by a packed copy of the head, which the sync leaves as it was.
                 self.llm.apply_model(lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head))
         except (AttributeError, TypeError, NotImplementedError) as error:
-            raise UserError("this vLLM has not the weight sync of 0.32.0: install that version, or use "
-                            f"--sampler torch ({short_message(error)})") from error
+            raise UserError(f"the weight sync needs vllm==0.32.0, not this vLLM: {short_message(error)}") from error
         self.llm.wake_up(tags=["kv_cache"])
         check(self.llm.reset_prefix_cache(), "vLLM kept its prefix cache after a weight sync")
 
@@ -1072,31 +1060,27 @@ class VLLMSampler:
         """As TorchSampler.generate. Each response is a request; prefix caching shares the prompts."""
         from vllm import SamplingParams
         prompts = [{"prompt_token_ids": ids} for ids in prompt_ids for _ in range(n)]
-        seeds = [seed_for(seed, i, "request") for seed in seeds for i in range(n)]
         params = [SamplingParams(
-            seed=seed, temperature=temperature, max_tokens=max_tokens, min_tokens=min_tokens,
+            seed=seed_for(seed, i, "request"), temperature=temperature, max_tokens=max_tokens, min_tokens=min_tokens,
             logprobs=0, flat_logprobs=True, stop=stop, include_stop_str_in_output=True,
             stop_token_ids=[self.tokenizer.eos_token_id], ignore_eos=True)      # the model may list more ends
-            for seed in seeds]
-        requests, rollouts = self.llm.generate(prompts, params, use_tqdm=False), []
+            for seed in seeds for i in range(n)]
+        requests = self.llm.generate(prompts, params, use_tqdm=False)
         if self.sleeps:
             self.llm.sleep(level=2)                     # drops the weights: each sync brings new ones
-        for request in requests:
-            [output] = request.outputs
-            rollouts.append(Rollout(request.prompt_token_ids, list(output.token_ids), output.logprobs.logprobs,
-                                    output.text, output.finish_reason))
-        return rollouts
+        return [Rollout(request.prompt_token_ids, list(output.token_ids), output.logprobs.logprobs,
+                        output.text, output.finish_reason) for request in requests for output in request.outputs]
 
 
 def make_sampler(args, tokenizer):
     """The sampler that --sampler names; auto says which it takes."""
-    choice, installed = args.sampler, importlib.util.find_spec("vllm") is not None
+    choice = args.sampler
     if choice == "auto":
+        installed = importlib.util.find_spec("vllm") is not None
         choice = "vllm" if installed and args.device == "cuda" else "torch"
         print(f"sampler {choice}{'' if installed else ', vLLM is not installed'} (--sampler chooses)")
     if choice == "torch":
         return TorchSampler(tokenizer, args.sampler_batch_size, args.dtype)
-    check(installed, "--sampler vllm needs vLLM: pip install vllm==0.32.0")
     return VLLMSampler(args, tokenizer)
 
 
@@ -1136,9 +1120,8 @@ def check_sampler(run, rollouts, temperature):
     gaps = (ours - pad_log_probs(rollouts).to(ours.device))[mask].abs()
     mean, largest = (gaps.mean().item(), gaps.max().item()) if len(gaps) else (0.0, 0.0)
     limits = GAP_LIMITS["bfloat16" if run.args.device == "cuda" else run.args.dtype]
-    check(mean <= limits[0] and largest <= limits[1],       # false for nan, too
-          f"the sampler's log-probs differ from the trainer's by {mean:.2g} nats on average and "
-          f"{largest:.2g} at most (limits {limits}): it has stale or wrong weights")
+    close = mean <= limits[0] and largest <= limits[1]      # false for nan, too
+    check(close, f"the sampler has stale or wrong weights: log-probs off by {mean=:.2g} {largest=:.2g} nats, {limits=}")
     return mean, largest
 
 
@@ -1170,7 +1153,6 @@ def sample(run, problems, n, step, purpose, temperature):
 
 
 # ---- 9. Evaluation -------------------------------------------------------------------
-
 
 def lenient_reward_fn(response, ground_truth):
     """1 where the right answer is in the last tag, box or number, whatever the format around it.
@@ -1225,7 +1207,6 @@ def evaluate(run, n, step):
 
 
 # ---- 10. A run: metrics, pictures, checkpoints, start, finish, update --------------
-
 
 @dataclasses.dataclass
 class Run:
@@ -1295,11 +1276,8 @@ def mean_and_spread(values):
 
 
 def report(runs, picture, against="step", target=0.8):
-    """Draws the curves of runs and returns a Markdown table of how they ended.
-
-    runs: {label: folders}. The folders are seeds of one thing: their curves have one colour, and the table gives
-    mean ± standard deviation. against: "step" or "seconds".
-    """
+    """Draws the curves of runs, {label: folders}, and returns a Markdown table of how they ended. The folders are
+    seeds of one thing: one colour, mean ± standard deviation. against: "step" or "seconds"."""
     from matplotlib.figure import Figure
     figure, table = Figure(figsize=(7, 10), layout="constrained"), []
     axes = figure.subplots(len(PANELS), sharex=True)
@@ -1346,7 +1324,8 @@ def save_checkpoint(run, path, step):
         whole = ((name, full_tensor(tensor.detach())) for name, tensor in tensors)
         return {name: tensor.cpu() for name, tensor in whole if RANK == 0}
 
-    reshard(run.model)
+    if WORLD_SIZE > 1:
+        run.model.reshard()         # drops what the last forward pass has all-gathered
     weights = gather(run.model.named_parameters()) if WORLD_SIZE > 1 else None      # None: its own
     state = {i: gather(tensors.items()) for i, tensors in run.optimizer.state_dict()["state"].items()}
     if RANK > 0:
@@ -1373,9 +1352,8 @@ def checkpoints(folder):
 
 def files_of_a_run(args):
     """What is in output_dir already. UserError unless it may be replaced or resumed."""
-    names = ("args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "summary.json", "checkpoint-[0-9]*",
-             "final_model", "partial*")
-    old = [path for name in names for path in Path(args.output_dir).glob(name)]
+    names = "args.json metrics.jsonl samples.jsonl curves.png summary.json checkpoint-[0-9]* final_model partial*"
+    old = [path for name in names.split() for path in Path(args.output_dir).glob(name)]
     check(not old or args.overwrite or getattr(args, "resume", False),
           f"{args.output_dir} holds a run already: --resume it, --overwrite it, or choose another --output_dir")
     precious = args.overwrite and Path(args.model).resolve() in [path.resolve() for path in old]
@@ -1439,10 +1417,9 @@ def load_run(args):
     window = getattr(config, "sliding_window", None)            # of all layers, where there are no layer_types
     kinds = set(getattr(config, "layer_types", None) or (["sliding_window"] if window else [])) - {"full_attention"}
     check(not kinds, f"--model {args.model} has layers of {kinds}: section 6 leaves them out")
-    ids = list(range(min(16, config.vocab_size)))
-    inputs = torch.tensor([ids])
+    ids = list(range(16))
     with torch.no_grad():
-        plain = get_response_log_probs(model, inputs[:, :-1], inputs[:, 1:])["log_probs"]
+        plain = get_response_log_probs(model, torch.tensor([ids[:-1]]), torch.tensor([ids[1:]]))["log_probs"]
         packed, _, _ = get_packed_log_probs(model, [ids[:1]], [ids[1:]])
     same = torch.allclose(plain, packed, atol=1e-3)
     check(same, f"--model {args.model} does more to its logits than multiply by the output head (a soft cap?)")
@@ -1499,7 +1476,6 @@ def finish_step(run, step):
 def start_training(run, last_step):
     """Validates the weights as they come, or goes on from the checkpoint. Returns the first step."""
     args, run.last_step, step = run.args, last_step, 0
-    reshard(run.model)
     run.optimizer = torch.optim.AdamW(run.model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95),
                                       weight_decay=args.weight_decay, fused=args.device == "cuda")   # less memory
     if run.checkpoint:
@@ -1534,10 +1510,8 @@ def start_training(run, last_step):
 
 def microbatches(args, prompt_ids, response_ids, rows):
     """This rank's share of the rows of a train batch: [(the rows of a microbatch, whether they count)].
-
     Responses to one prompt stand together, so that it goes through the model once. Each pass all-gathers weights, so
-    all ranks make equally many: where there is nothing for one of them, it repeats a row that does not count.
-    """
+    all ranks make equally many: where there is nothing for one of them, it repeats a row that does not count."""
     rows = sorted(rows, key=lambda i: (prompt_ids[i], -len(response_ids[i])))
     starts, total, before = [], 0, None                         # the tokens, or rows, before each row
     for i in rows:
@@ -1565,7 +1539,8 @@ def optimizer_step(run, step, loss):
     decay = 1 - (step - 1) / run.last_step if run.args.lr_schedule == "linear" else 1
     group = run.optimizer.param_groups[0]
     group["lr"] = learning_rate = run.args.learning_rate * decay
-    reshard(run.model)
+    if WORLD_SIZE > 1:
+        run.model.reshard()         # as in save_checkpoint
     for parameter in group["params"]:
         if parameter.grad is None:          # no row had anything to teach: AdamW's momentum moves on
             parameter.grad = torch.zeros_like(parameter)
@@ -1583,7 +1558,6 @@ def optimizer_step(run, step, loss):
 
 
 # ---- 11. Supervised fine-tuning ------------------------------------------------------
-
 
 def sft_update(run, examples, step):
     """One optimizer update on (prompt_ids, response_ids) pairs; the loss is in nats per token."""
@@ -1634,7 +1608,6 @@ def train_sft(args):
 
 # ---- 12. Expert iteration: sample, keep what is right, fine-tune on it, repeat -------
 
-
 def train_expert_iteration(args):
     """The handout's Algorithm 2 ([EI]): a policy gradient with reward 0 or 1 and no baseline."""
     run = load_run(args)
@@ -1664,7 +1637,6 @@ def train_expert_iteration(args):
 
 
 # ---- 13. GRPO: sample a group per question, compare within it, policy gradient ------
-
 
 def compute_old_log_probs(run, prompt_ids, response_ids):
     """log π of the sampled tokens under the policy as it is now, (N, T)."""
@@ -1745,7 +1717,6 @@ def train_grpo(args):
 
 # ---- 14. Evaluation as a run, comparisons, main --------------------------------------
 
-
 def run_eval(args):
     """Evaluates a model, or answers one question. Writes summary.json and samples.jsonl."""
     run = load_run(args)
@@ -1758,19 +1729,17 @@ def run_eval(args):
         open_output_dir(args, -1)
     evaluate(run, args.eval_samples, 0)
     summary = {"model": args.model, "prompt": args.prompt, "temperature": args.eval_temperature}
-    summary |= run.step_metrics()
+    text = json.dumps(summary | run.step_metrics(), indent=2)
     if RANK == 0:
-        text = json.dumps(summary, indent=2)
         replace_text(Path(args.output_dir, "summary.json"), text + "\n")
-        print(f"{text}\n{args.output_dir}/summary.json, samples.jsonl")
+    print(f"{text}\n{args.output_dir}/summary.json, samples.jsonl")
 
 
 def compare(args, argv):
     """Runs each variant with each seed as a process of its own, which resumes what is there."""
     folder = Path(args.output_dir or "compare_output")
     flag, _, values = args.compare.partition("=")
-    check(values and WORLD_SIZE == 1, f"--compare {args.compare} should be FLAG=A,B,…, and runs without torchrun")
-    check(args.seeds > 0, "--seeds is not above zero")
+    check(values and args.seeds > 0 and WORLD_SIZE == 1, "--compare wants FLAG=A,B,…, --seeds above 0 and no torchrun")
     runs, commands = {}, []
     for value in values.split(","):             # all of them are checked before the first one runs
         label = f"{flag}={value}"
@@ -1778,7 +1747,6 @@ def compare(args, argv):
         for seed, output_dir in enumerate(runs[label]):
             # Of a flag given twice the last one counts, so this is a run, not a comparison.
             command = [*argv, "--compare=", f"--{label}", f"--seed={seed}", f"--output_dir={output_dir}"]
-            parse_args([*command, "--resume"])
             settings, before = vars(parse_args(command)), read_settings(output_dir)
             different = [key for key in before if key != "resume" and settings.get(key) != before[key]]
             check(not different, f"{output_dir} holds a run with other {different}; choose another --output_dir")
