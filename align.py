@@ -1108,7 +1108,7 @@ def check_weights(model, served):
             check(same, f"the sampler has stale or wrong weights: its {name} is not the trainer's")
             ends[place] = start + len(weight)
     if not ends:
-        print("the sampler's weights have other names: their log-probs alone are compared with the trainer's", flush=True)
+        print("the sampler's weights have other names: only its log-probs are compared with the trainer's", flush=True)
 
 
 def check_sampler(run, rollouts, temperature):
