@@ -183,6 +183,7 @@ def variant(tmp_path_factory):
         spec = importlib.util.spec_from_file_location(f"align_{name}", script)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        align.AttentionInterface.register("packed", align.packed_attention)     # the module has registered its own
         return module
 
     return load
