@@ -64,7 +64,7 @@ from transformers.utils import logging as transformers_logging
 
 try:
     from flash_attn import flash_attn_func
-except Exception as error:      # not installed, or built for another torch
+except (ImportError, OSError, RuntimeError) as error:     # not installed, or built for another torch
     flash_attn_func, flash_attn_error = None, error
 
 
