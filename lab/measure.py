@@ -240,9 +240,10 @@ def budget():
             ("grpo", "n_grpo_steps", "8,12,16,30", "steps")):
         flags = f"--algo {algo} --validation_frequency 0 --compare {flag}={values}"
         for value, runs in compare(f"budget_{algo}", flags).items():
-            seconds = statistics.fmean(sum(values_of(folder, *STEP_TIMES)) for folder in runs)
+            times = [sum(sum(values_of(folder, name)) for name in STEP_TIMES) for folder in runs]    # SFT samples nothing
             tokens = statistics.fmean(sum(values_of(folder, "train/tokens")) for folder in runs)
-            rows.append([f"{algo}, {value} {unit}", mean_percent(runs), f"{seconds:.0f}", f"{tokens / 1000:.0f}"])
+            rows.append([f"{algo}, {value} {unit}", mean_percent(runs), f"{statistics.fmean(times):.0f}",
+                         f"{tokens / 1000:.0f}"])
     return rows
 
 
