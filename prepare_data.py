@@ -520,7 +520,7 @@ FLAGS = [       # (flag, default, help)
     ("seed", 0, "of everything that is drawn"),
     ("traces", "", "also make traces for SFT, from hub:DATASET (laid out as open-r1/OpenR1-Math-220k), teacher (an "
      "OpenAI-compatible server), solutions (the data set's own) or a file of JSON lines"),
-    ("teacher_url", "https://api.deepseek.com", "or of `vllm serve`; the key: DEEPSEEK_API_KEY, else OPENAI_API_KEY"),
+    ("teacher_url", "https://api.deepseek.com", "its key is DEEPSEEK_API_KEY, any other server's OPENAI_API_KEY"),
     ("teacher_model", "deepseek-reasoner", "its name on that server"),
     ("teacher_problems", 0, "ask about so many problems, drawn at random; 0: all"),
     ("teacher_samples", 1, "answers per problem"),
