@@ -619,7 +619,10 @@ def packed_attention(module, query, key, value, *_, scaling=None, rows=None, pla
     else:
         groups = query.shape[1] // key.shape[1]     # query heads that share a key head
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-        output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        wide = torch.float32 if query.device.type == "cpu" else query.dtype   # bfloat16's backward pass is slow there
+        with torch.autocast(query.device.type, enabled=False):
+            output = F.scaled_dot_product_attention(query.to(wide), key.to(wide), value.to(wide),
+                                                    is_causal=True, scale=scaling).to(query.dtype)
         output = output.transpose(1, 2)     # (B, longest, heads, D)
     if rows is not None:
         output = output.flatten(0, 1).index_select(0, places)[None]

@@ -56,7 +56,7 @@ TABLES = {      # a table and the names that measure its rows; where there are s
     "presets": ["presets"],
     "experiments": list(EXPERIMENTS),
     "budget": ["budget"],
-    "gsm8k": ["gsm8k"],
+    "words": ["words"],
     "mistakes": ["mistakes"],
     "variants": ["variants"],
     "speed": ["tiny_step", "trl", "sampling", "training_rate", "log_probs", "linear"],
@@ -122,12 +122,13 @@ def command_of(flags, folder, *more, script="align.py", ranks=1):
     return [*python_on(ranks), str(script), *flags.split(), "--output_dir", str(folder), *more]
 
 
-def run(folder, flags, **how):
-    """Runs align.py into the folder, unless that has been done; returns its seconds, start included."""
+def run(folder, flags, unfinished="--overwrite", **how):
+    """Runs align.py into the folder, unless that has been done; returns its seconds, start included. What has become
+    of a run that was interrupted: --overwrite, or --resume where a run takes long and its seconds are not used."""
     done = folder / "seconds"
     if not done.exists():
         started = time.perf_counter()
-        subprocess.run(command_of(flags, folder, "--overwrite", **how), cwd=ROOT, check=True)
+        subprocess.run(command_of(flags, folder, unfinished, **how), cwd=ROOT, check=True)
         done.write_text(f"{time.perf_counter() - started}")
     return float(done.read_text())
 
@@ -168,7 +169,8 @@ def percent(folder, name="eval/accuracy", when=-1):
 def mean_percent(folders, name="eval/accuracy", when=-1):
     """The same of several runs: mean ± standard deviation."""
     ends = [percent(folder, name, when) for folder in folders]
-    return f"{statistics.fmean(ends):.1f} ± {statistics.stdev(ends):.1f}"
+    spread = f" ± {statistics.stdev(ends):.1f}" if len(ends) > 1 else ""
+    return f"{statistics.fmean(ends):.1f}{spread}"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -240,40 +242,55 @@ def budget():
             ("grpo", "n_grpo_steps", "8,12,16,30", "steps")):
         flags = f"--algo {algo} --validation_frequency 0 --compare {flag}={values}"
         for value, runs in compare(f"budget_{algo}", flags).items():
-            times = [sum(sum(values_of(folder, name)) for name in STEP_TIMES) for folder in runs]    # SFT samples nothing
+            # name by name, since SFT samples nothing
+            times = [sum(sum(values_of(folder, name)) for name in STEP_TIMES) for folder in runs]
             tokens = statistics.fmean(sum(values_of(folder, "train/tokens")) for folder in runs)
             rows.append([f"{algo}, {value} {unit}", mean_percent(runs), f"{statistics.fmean(times):.0f}",
                          f"{tokens / 1000:.0f}"])
     return rows
 
 
-def gsm8k():
-    """SmolLM2-135M on GSM8K, a quarter of an hour."""
-    if not OPTIONS.smollm2 or not Path(ROOT, "data/GSM8K/sft.jsonl").exists():
-        return leave_out("gsm8k", "--smollm2 and python prepare_data.py --dataset gsm8k --traces solutions")
-    sft = folder_of("gsm8k", "sft")
-    setting = "--preset math --dtype bfloat16 --sampler torch --val_data data/GSM8K/test.jsonl --validation_size 200 " \
-              "--sampling_max_tokens 200"
-    base = f"{setting} --model {OPTIONS.smollm2}"
-    onwards = f"{setting} --model {sft}/final_model --train_data data/GSM8K/train.jsonl --lr_schedule linear " \
-              "--learning_rate 2e-5"
-    rows = []
-    for algo, title, flags in (
-            ("eval", "SmolLM2-135M", base),
-            ("sft", "SFT on 256 of GSM8K's own solutions, one epoch",
-             f"{base} --sft_data data/GSM8K/sft_train_filtered.jsonl --n_sft_examples 256 --sft_epochs 1 "
-             "--train_batch_size 16 --learning_rate 1e-4 --lr_schedule linear"),
-            ("ei", "from there, expert iteration, one round of 64 × 4",
-             f"{onwards} --n_ei_steps 1 --ei_batch_size 64 --num_rollouts 4 --train_batch_size 16 --sft_epochs 2"),
-            ("grpo", "from there, GRPO, five steps of 8 × 8",
-             f"{onwards} --n_grpo_steps 5 --rollout_batch_size 64 --train_batch_size 64")):
-        folder = folder_of("gsm8k", algo)
-        seconds = run(folder, f"--algo {algo} {flags}")
-        length = values_of(folder, "eval/length")[-1]
-        rows.append([title, f"{percent(folder):.1f} ± {percent(folder, 'eval/stderr'):.1f} %",
-                     f"{percent(folder, 'eval/format'):.1f} %", f"{length:.0f}",
-                     f"{percent(folder, 'eval/truncated'):.0f} %", f"{seconds / 60:.1f} min"])
+# SmolLM2-135M on word problems: the flags of all stages and of each. lab/README.md has the same commands.
+WORDS = {
+    "all": "--preset tiny --dtype bfloat16 --tokens_per_microbatch 512 --val_data data/MAWPS/test.jsonl",
+    "eval": "--algo eval --eval_samples 8",
+    "sft": "--algo sft --sft_data data/MAWPS/sft.jsonl --n_sft_examples 200 --sft_epochs 5 --train_batch_size 32 "
+           "--learning_rate 2e-4 --validation_frequency 0",
+    "ei": "--algo ei --train_data data/MAWPS/train.jsonl --n_ei_steps 6 --ei_batch_size 256 --num_rollouts 8 "
+          "--sampling_temperature 1.3 --sft_epochs 1 --train_batch_size 64 --learning_rate 5e-5",
+    "grpo": "--algo grpo --train_data data/MAWPS/train.jsonl --n_grpo_steps 100 --rollout_batch_size 256 "
+            "--group_size 16 --sampling_temperature 1.3 --train_batch_size 256 --learning_rate 2e-5 "
+            "--validation_frequency 20 --save_frequency 10",
+}
+WORDS_TITLES = {
+    "sft": "SFT on 200 one-line solutions", "ei": "from there, expert iteration", "grpo": "from there, GRPO"}
+
+
+def words():
+    """A real language model on one- and two-step word problems, three seeds: two hours."""
+    if not OPTIONS.smollm2 or not Path(ROOT, "data/MAWPS/sft.jsonl").exists():
+        return leave_out("words", "--smollm2 and python prepare_data.py --dataset mawps --traces solutions")
+    import align
+    runs = {stage: [folder_of("words", f"{stage}{seed}") for seed in range(3)] for stage in WORDS_TITLES}
+    evals = {stage: [folder_of("words", f"{stage}{seed}_eval") for seed in range(3)] for stage in WORDS_TITLES}
+    base = folder_of("words", "base_eval")
+    run(base, f"{WORDS['all']} {WORDS['eval']} --model {OPTIONS.smollm2}")
+    for seed in range(3):
+        for stage in WORDS_TITLES:
+            model = OPTIONS.smollm2 if stage == "sft" else runs["sft"][seed] / "final_model"
+            run(runs[stage][seed], f"{WORDS['all']} {WORDS[stage]} --model {model} --seed {seed}", "--resume")
+            model = runs[stage][seed] / "final_model"
+            run(evals[stage][seed], f"{WORDS['all']} {WORDS['eval']} --model {model} --seed {seed}")
+    align.report({"expert iteration": runs["ei"], "GRPO": runs["grpo"]}, LAB / "words.png", against="seconds")
+    rows = [["SmolLM2-135M-Instruct", *words_cells([base]), ""]]
+    for stage, title in WORDS_TITLES.items():
+        minutes = statistics.fmean(align.read_metrics(folder)[-1]["seconds"] for folder in runs[stage]) / 60
+        rows.append([title, *words_cells(evals[stage]), f"{minutes:.0f} min"])
     return rows
+
+
+def words_cells(folders):
+    return [f"{mean_percent(folders, f'eval/{name}')} %" for name in ("accuracy", "lenient", "format", "pass@8")]
 
 
 # ---------------------------------------------------------------------------------------------------------------
