@@ -258,8 +258,8 @@ WORDS = {
            "--learning_rate 2e-4 --validation_frequency 0",
     "ei": "--algo ei --train_data data/MAWPS/train.jsonl --n_ei_steps 6 --ei_batch_size 256 --num_rollouts 8 "
           "--sampling_temperature 1.3 --sft_epochs 1 --train_batch_size 64 --learning_rate 5e-5",
-    "grpo": "--algo grpo --train_data data/MAWPS/train.jsonl --n_grpo_steps 100 --rollout_batch_size 256 "
-            "--group_size 16 --sampling_temperature 1.3 --train_batch_size 256 --learning_rate 2e-5 "
+    "grpo": "--algo grpo --train_data data/MAWPS/train.jsonl --n_grpo_steps 120 --rollout_batch_size 256 "
+            "--group_size 8 --sampling_temperature 1.3 --train_batch_size 256 --learning_rate 2e-5 "
             "--validation_frequency 20 --save_frequency 10",
 }
 WORDS_TITLES = {

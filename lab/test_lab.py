@@ -104,6 +104,12 @@ def test_every_marker_has_a_function_that_measures_it_and_every_table_has_a_mark
             assert name in measure.EXPERIMENTS or hasattr(speed, name) or hasattr(measure, name)
 
 
+def test_the_page_has_the_commands_of_the_word_problems():
+    page = " ".join((LAB / "README.md").read_text().replace("\\\n", " ").split())
+    for flags in measure.WORDS.values():
+        assert flags in page
+
+
 def test_the_pictures_and_patches_that_the_page_names_are_there():
     page = (LAB / "README.md").read_text()
     for name in re.findall(r"\((\w+\.png)\)", page) + re.findall(r"mistakes/\w+\.patch", page):
