@@ -178,6 +178,12 @@ def mean_percent(folders, name="eval/accuracy", when=-1):
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def seconds_of(folder):
+    """A run's seconds of sampling, grading and training, up to its last step."""
+    import align
+    return align.read_metrics(folder)[-1]["seconds"]
+
+
 def timed(algo):
     """A run of a preset, whole, as a reader types it."""
     folder = folder_of("timed", algo)
@@ -242,11 +248,9 @@ def budget():
             ("grpo", "n_grpo_steps", "8,12,16,30", "steps")):
         flags = f"--algo {algo} --validation_frequency 0 --compare {flag}={values}"
         for value, runs in compare(f"budget_{algo}", flags).items():
-            # name by name, since SFT samples nothing
-            times = [sum(sum(values_of(folder, name)) for name in STEP_TIMES) for folder in runs]
+            seconds = statistics.fmean(map(seconds_of, runs))
             tokens = statistics.fmean(sum(values_of(folder, "train/tokens")) for folder in runs)
-            rows.append([f"{algo}, {value} {unit}", mean_percent(runs), f"{statistics.fmean(times):.0f}",
-                         f"{tokens / 1000:.0f}"])
+            rows.append([f"{algo}, {value} {unit}", mean_percent(runs), f"{seconds:.0f}", f"{tokens / 1000:.0f}"])
     return rows
 
 
@@ -267,7 +271,7 @@ WORDS_TITLES = {
 
 
 def words():
-    """A real language model on one- and two-step word problems, three seeds: two hours."""
+    """A real language model on one- and two-step word problems, three seeds: two and a half hours."""
     if not OPTIONS.smollm2 or not Path(ROOT, "data/MAWPS/sft.jsonl").exists():
         return leave_out("words", "--smollm2 and python prepare_data.py --dataset mawps --traces solutions")
     import align
@@ -284,8 +288,8 @@ def words():
     align.report({"expert iteration": runs["ei"], "GRPO": runs["grpo"]}, LAB / "words.png", against="seconds")
     rows = [["SmolLM2-135M-Instruct", *words_cells([base]), ""]]
     for stage, title in WORDS_TITLES.items():
-        minutes = statistics.fmean(align.read_metrics(folder)[-1]["seconds"] for folder in runs[stage]) / 60
-        rows.append([title, *words_cells(evals[stage]), f"{minutes:.0f} min"])
+        seconds = statistics.fmean(map(seconds_of, runs[stage]))
+        rows.append([title, *words_cells(evals[stage]), f"{seconds / 60:.0f} min"])
     return rows
 
 
@@ -412,7 +416,7 @@ def kills_of(title, flags, kills):
     flags += " --preset tiny --validation_size 16 --keep_checkpoints 2"
     whole, out = folder_of("kills", title, "whole"), folder_of("kills", title, "killed")
     run(whole, flags)
-    seconds = sum(values_of(whole, *STEP_TIMES))
+    seconds = seconds_of(whole)
     rng, command = random.Random(0), command_of(flags, out, "--resume")
     same = killed = writing = 0
     for kill in range(kills):
