@@ -256,15 +256,16 @@ def budget():
 
 # SmolLM2-135M on word problems: the flags of all stages and of each. lab/README.md has the same commands.
 WORDS = {
-    "all": "--preset tiny --dtype bfloat16 --tokens_per_microbatch 512 --val_data data/MAWPS/test.jsonl",
+    "all": "--preset tiny --dtype bfloat16 --val_data data/MAWPS/test.jsonl",
     "eval": "--algo eval --eval_samples 8",
     "sft": "--algo sft --sft_data data/MAWPS/sft.jsonl --n_sft_examples 200 --sft_epochs 5 --train_batch_size 32 "
-           "--learning_rate 2e-4 --validation_frequency 0",
+           "--tokens_per_microbatch 512 --learning_rate 2e-4 --validation_frequency 0",
     "ei": "--algo ei --train_data data/MAWPS/train.jsonl --n_ei_steps 6 --ei_batch_size 256 --num_rollouts 8 "
-          "--sampling_temperature 1.3 --sft_epochs 1 --train_batch_size 64 --learning_rate 5e-5",
+          "--sampling_temperature 1.3 --sft_epochs 1 --train_batch_size 64 "
+          "--tokens_per_microbatch 512 --learning_rate 5e-5",
     "grpo": "--algo grpo --train_data data/MAWPS/train.jsonl --n_grpo_steps 120 --rollout_batch_size 256 "
-            "--group_size 8 --sampling_temperature 1.3 --train_batch_size 256 --learning_rate 2e-5 "
-            "--validation_frequency 20 --save_frequency 10",
+            "--group_size 8 --sampling_temperature 1.3 --train_batch_size 256 "
+            "--tokens_per_microbatch 512 --learning_rate 2e-5 --validation_frequency 20 --save_frequency 10",
 }
 WORDS_TITLES = {
     "sft": "SFT on 200 one-line solutions", "ei": "from there, expert iteration", "grpo": "from there, GRPO"}

@@ -104,10 +104,12 @@ def test_every_marker_has_a_function_that_measures_it_and_every_table_has_a_mark
             assert name in measure.EXPERIMENTS or hasattr(speed, name) or hasattr(measure, name)
 
 
-def test_the_page_has_the_commands_of_the_word_problems():
+def test_the_page_has_the_commands_of_the_word_problems_and_align_py_takes_them():
     page = " ".join((LAB / "README.md").read_text().replace("\\\n", " ").split())
-    for flags in measure.WORDS.values():
+    for stage, flags in measure.WORDS.items():
         assert flags in page
+        if stage != "all":
+            assert align.parse_args(f"{measure.WORDS['all']} {flags}".split()).algo == stage
 
 
 def test_the_pictures_and_patches_that_the_page_names_are_there():
