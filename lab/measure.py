@@ -15,6 +15,7 @@ import argparse
 import datetime
 import hashlib
 import json
+import operator
 import os
 import random
 import re
@@ -23,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import speed
@@ -168,9 +170,12 @@ def percent(folder, name="eval/accuracy", when=-1):
 
 def mean_percent(folders, name="eval/accuracy", when=-1):
     """The same of several runs: mean ± standard deviation."""
-    ends = [percent(folder, name, when) for folder in folders]
-    spread = f" ± {statistics.stdev(ends):.1f}" if len(ends) > 1 else ""
-    return f"{statistics.fmean(ends):.1f}{spread}"
+    return mean_and_spread([percent(folder, name, when) for folder in folders])
+
+
+def mean_and_spread(percents):
+    spread = f" ± {statistics.stdev(percents):.1f}" if len(percents) > 1 else ""
+    return f"{statistics.fmean(percents):.1f}{spread}"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -260,9 +265,9 @@ WORDS = {
     "eval": "--algo eval --eval_samples 8",
     "sft": "--algo sft --sft_data data/MAWPS/sft.jsonl --n_sft_examples 200 --sft_epochs 5 --train_batch_size 32 "
            "--tokens_per_microbatch 512 --learning_rate 2e-4 --validation_frequency 0",
-    "ei": "--algo ei --train_data data/MAWPS/train.jsonl --n_ei_steps 6 --ei_batch_size 256 --num_rollouts 8 "
-          "--sampling_temperature 1.3 --sft_epochs 1 --train_batch_size 64 "
-          "--tokens_per_microbatch 512 --learning_rate 5e-5",
+    "ei": "--algo ei --train_data data/MAWPS/train.jsonl --n_ei_steps 4 --ei_batch_size 512 --num_rollouts 4 "
+          "--sft_epochs 1 --train_batch_size 64 --tokens_per_microbatch 512 --learning_rate 5e-5 "
+          "--validation_frequency 2",
     "grpo": "--algo grpo --train_data data/MAWPS/train.jsonl --n_grpo_steps 120 --rollout_batch_size 256 "
             "--group_size 8 --sampling_temperature 1.3 --train_batch_size 256 "
             "--tokens_per_microbatch 512 --learning_rate 2e-5 --validation_frequency 20 --save_frequency 10",
@@ -295,7 +300,35 @@ def words():
 
 
 def words_cells(folders):
-    return [f"{mean_percent(folders, f'eval/{name}')} %" for name in ("accuracy", "lenient", "format", "pass@8")]
+    cells = [mean_percent(folders, f"eval/{name}") for name in ("accuracy", "lenient", "format", "pass@8")]
+    return [f"{cell} %" for cell in (*cells, *map(mean_and_spread, zip(*map(arithmetic, folders))))]
+
+
+def arithmetic(folder):
+    """Of an evaluation's responses, in percent: those whose operations lead to the answer, and the steps that hold."""
+    leads, steps = [], []
+    for line in open(folder / "samples.jsonl"):
+        sample = json.loads(line)
+        holds, end = follow(sample["response"])
+        steps += holds
+        leads.append(end == Fraction(sample["answer"]))
+    return [100 * statistics.fmean(shares or [False]) for shares in (leads, steps)]
+
+
+OPERATIONS = {"+": operator.add, "-": operator.sub, "–": operator.sub, "*": operator.mul, "/": operator.truediv}
+
+
+def follow(response):
+    """Whether each step, such as 62 - 33 = 29, holds, and what the last one gives where each is computed right."""
+    holds, results, end = [], {}, None      # results: what the steps should have given, by what they say
+    for a, sign, b, said in re.findall(r"(\d+(?:\.\d+)?) ([-–+*/]) (\d+(?:\.\d+)?) = (\d+(?:\.\d+)?)", response):
+        try:
+            holds.append(OPERATIONS[sign](Fraction(a), Fraction(b)) == Fraction(said))
+            end = OPERATIONS[sign](results.get(a, Fraction(a)), results.get(b, Fraction(b)))
+        except ZeroDivisionError:
+            return [*holds, False], None
+        results[said] = end
+    return holds, end
 
 
 # ---------------------------------------------------------------------------------------------------------------

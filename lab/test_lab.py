@@ -112,6 +112,13 @@ def test_the_page_has_the_commands_of_the_word_problems_and_align_py_takes_them(
             assert align.parse_args(f"{measure.WORDS['all']} {flags}".split()).algo == stage
 
 
+def test_the_operations_and_the_steps_of_a_response():
+    assert measure.follow("27 + 42 = 79, 79 - 11 = 68 </think> <answer> 68 </answer>") == ([False, True], 58)
+    assert measure.follow("9 – 3 = 6, 3 * 6 = 18, 18 / 4 = 4.5") == ([True, True, True], 4.5)
+    assert measure.follow("5 / 0 = 5, 5 + 1 = 6") == ([False], None)
+    assert measure.follow("the answer is 7") == ([], None)
+
+
 def test_the_pictures_and_patches_that_the_page_names_are_there():
     page = (LAB / "README.md").read_text()
     for name in re.findall(r"\((\w+\.png)\)", page) + re.findall(r"mistakes/\w+\.patch", page):
