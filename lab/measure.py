@@ -273,7 +273,7 @@ WORDS = {
             "--tokens_per_microbatch 512 --learning_rate 2e-5 --validation_frequency 20 --save_frequency 10",
 }
 WORDS_TITLES = {
-    "sft": "SFT on 200 one-line solutions", "ei": "from there, expert iteration", "grpo": "from there, GRPO"}
+    "sft": "SFT on 200 one-line solutions", "ei": "from there, expert iteration", "grpo": "from SFT, GRPO"}
 
 
 def words():
