@@ -154,9 +154,6 @@ def records_of(folder):
     return [json.loads(line) for line in open(path)]
 
 
-STEP_TIMES = ("time/sampling", "time/grading", "time/training")
-
-
 def values_of(folder, *names):
     """The values of a metric at the steps that have it; of several metrics the sums at each step."""
     records = [record for record in records_of(folder) if record.get(names[0]) is not None]
@@ -240,7 +237,7 @@ def presets():
 
 
 def tiny_step():
-    times = values_of(timed("grpo")[0], *STEP_TIMES)
+    times = values_of(timed("grpo")[0], "time/sampling", "time/grading", "time/training")
     return [["GRPO step of the tiny preset, 512 responses", f"{statistics.median(times):.2f} s", "",
              f"median; {min(times):.2f} to {max(times):.2f} s"]]
 
@@ -322,9 +319,10 @@ def follow(response):
     """Whether each step, such as 62 - 33 = 29, holds, and what the last one gives where each is computed right."""
     holds, results, end = [], {}, None      # results: what the steps should have given, by what they say
     for a, sign, b, said in re.findall(r"(\d+(?:\.\d+)?) ([-–+*/]) (\d+(?:\.\d+)?) = (\d+(?:\.\d+)?)", response):
+        operation = OPERATIONS[sign]
         try:
-            holds.append(OPERATIONS[sign](Fraction(a), Fraction(b)) == Fraction(said))
-            end = OPERATIONS[sign](results.get(a, Fraction(a)), results.get(b, Fraction(b)))
+            holds.append(operation(Fraction(a), Fraction(b)) == Fraction(said))
+            end = operation(results.get(a, Fraction(a)), results.get(b, Fraction(b)))
         except ZeroDivisionError:
             return [*holds, False], None
         results[said] = end
