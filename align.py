@@ -1705,7 +1705,8 @@ def train_grpo(args):
                  "raw_rewards": raw_rewards[:, None].to(args.device),
                  "advantages": advantages[:, None].to(args.device),
                  "sampler_log_probs": pad_log_probs(rollouts).to(args.device), "old_log_probs": None}
-        if args.epochs_per_rollout_batch > 1 or args.train_batch_size < args.rollout_batch_size:     # off-policy
+        off_policy = args.epochs_per_rollout_batch > 1 or args.train_batch_size < args.rollout_batch_size
+        if off_policy and (args.loss_type.startswith("grpo") or args.tis_cap):      # a ratio to π_old is used
             batch["old_log_probs"] = compute_old_log_probs(run, batch["prompt_ids"], batch["response_ids"])
         # 4. Update the policy: once on-policy, or once for each train batch in each epoch.
         for epoch in range(args.epochs_per_rollout_batch):
