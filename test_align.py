@@ -1046,9 +1046,9 @@ def test_runs_with_one_seed_are_equal_and_with_another_differ(small_grpo, tmp_pa
 @pytest.mark.parametrize("flags, split", [
     ("--loss_type grpo_clip --epochs_per_rollout_batch 2 --train_batch_size 16",
      "--tokens_per_microbatch 300"),
-    ("--loss_type no_baseline --loss_aggregation masked_normalize",
+    ("--loss_type no_baseline --loss_aggregation masked_normalize --train_batch_size 16",
      "--gradient_accumulation_steps 8"),
-    ("", "--tis_cap 2")])    # the torch sampler is exact: all weights are 1
+    ("--epochs_per_rollout_batch 2", "--tis_cap 2")])    # the torch sampler is π_old: all weights are 1
 def test_runs_do_not_depend_on_microbatches(small_grpo, tmp_path, flags, split):
     one, _ = small_grpo(tmp_path / "one", *flags.split(), "--gradient_accumulation_steps", 1)
     many, _ = small_grpo(tmp_path / "many", *flags.split(), *split.split())
