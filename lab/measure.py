@@ -268,13 +268,13 @@ WORDS = {
     "grpo": "--algo grpo --train_data data/MAWPS/train.jsonl --n_grpo_steps 120 --rollout_batch_size 256 "
             "--group_size 8 --sampling_temperature 1.3 --train_batch_size 256 "
             "--tokens_per_microbatch 512 --learning_rate 2e-5 --validation_frequency 20 --save_frequency 10",
-    "raw": "--algo grpo --train_data data/MAWPS/train.jsonl --loss_type no_baseline --n_grpo_steps 12 "
-           "--rollout_batch_size 2048 --group_size 4 --train_batch_size 128 --tokens_per_microbatch 512 "
-           "--learning_rate 5e-5 --validation_frequency 4 --save_frequency 1",
+    "no_baseline": "--algo grpo --train_data data/MAWPS/train.jsonl --loss_type no_baseline --n_grpo_steps 12 "
+                   "--rollout_batch_size 2048 --group_size 4 --train_batch_size 128 --tokens_per_microbatch 512 "
+                   "--learning_rate 5e-5 --validation_frequency 4 --save_frequency 1",
 }
 WORDS_TITLES = {
     "sft": "SFT on 200 one-line solutions", "ei": "from there, expert iteration", "grpo": "from SFT, GRPO",
-    "raw": "from SFT, GRPO with `no_baseline`"}
+    "no_baseline": "from SFT, GRPO with `no_baseline`"}
 
 
 def words():
@@ -292,7 +292,7 @@ def words():
             run(runs[stage][seed], f"{WORDS['all']} {WORDS[stage]} --model {model} --seed {seed}", "--resume")
             model = runs[stage][seed] / "final_model"
             run(evals[stage][seed], f"{WORDS['all']} {WORDS['eval']} --model {model} --seed {seed}")
-    curves = {"expert iteration": runs["ei"], "GRPO": runs["grpo"], "GRPO, no_baseline": runs["raw"]}
+    curves = {"expert iteration": runs["ei"], "GRPO": runs["grpo"], "GRPO, no_baseline": runs["no_baseline"]}
     align.report(curves, LAB / "words.png", against="seconds")
     rows = [["SmolLM2-135M-Instruct", *words_cells([base]), ""]]
     for stage, title in WORDS_TITLES.items():
