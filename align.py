@@ -5,16 +5,17 @@
     python align.py --algo grpo --model sft_output/final_model
 
 The same code trains a tiny model on arithmetic, on a CPU in minutes (--preset tiny), and is written for
-Qwen2.5-Math-1.5B on MATH, on an 80 GB GPU (--preset math). Sections 5 to 7 have the names and signatures of the handout
-of Stanford CS336's assignment 5.
+Qwen2.5-Math-1.5B on MATH, on an 80 GB GPU (--preset math). Sections 5 to 7 have the names and
+signatures of the handout of Stanford CS336's assignment 5.
 
-Symbols:  B sequences in a batch    T tokens (labels: shifted by one)     V vocabulary
+Symbols:  B sequences in a batch    T tokens (labels: shifted by one)    V vocabulary
           G rollouts per prompt     N rollouts per step = prompts × G
-          π the policy (the model)  r reward in {0, 1}    A advantage     ρ = π(token) / π_old(token)
+          π the policy (the model)  r reward in {0, 1}    A advantage    ρ = π(token) / π_old(token)
 
-Sources:  [R1] arXiv:2501.12948     [GRPO] arXiv:2402.03300    [DrGRPO] arXiv:2503.20783    [PPO] arXiv:1707.06347
-          [EI] arXiv:1705.05439     [pass@k] arXiv:2107.03374  [IMPALA] arXiv:1802.01561
-          [TIS] Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"
+Sources:  [R1] arXiv:2501.12948     [GRPO] arXiv:2402.03300    [DrGRPO] arXiv:2503.20783
+          [EI] arXiv:1705.05439     [PPO] arXiv:1707.06347     [pass@k] arXiv:2107.03374
+          [IMPALA] arXiv:1802.01561 [TIS] Yao et al. 2025, "Your efficient RL framework secretly
+                                          brings you off-policy RL training"
 
 Where this departs from the papers, on purpose:
   1. No KL penalty, no reference model: there is no reward model to over-optimise (as in [DrGRPO]).
@@ -26,10 +27,10 @@ Where this departs from the papers, on purpose:
 
 import argparse
 import atexit
+import collections
 import contextlib
 import ctypes
 import dataclasses
-import datetime
 import functools
 import hashlib
 import importlib.util
@@ -38,7 +39,6 @@ import logging
 import math
 import multiprocessing
 import os
-import pickle
 import random
 import re
 import shutil
@@ -57,14 +57,13 @@ import torch
 import torch.nn.functional as F
 from latex2sympy2_extended import NormalizationConfig
 from safetensors import SafetensorError
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, StopStringCriteria
 from transformers.utils import logging as transformers_logging
 
 try:
     from flash_attn import flash_attn_func
-except (ImportError, OSError, RuntimeError) as error:     # not installed, or built for another torch
+except (ImportError, OSError, RuntimeError) as error:       # not installed, or for another torch
     flash_attn_func, flash_attn_error = None, error
 
 
@@ -83,8 +82,8 @@ def short_message(error):
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-# Many GPUs: `torchrun --nproc_per_node N align.py …` starts N of these programs, the ranks. Each samples, grades and
-# trains on its share of the work and holds its share of the weights (`shard`, section 6).
+# Many GPUs: `torchrun --nproc_per_node N align.py …` starts N of these programs, the ranks. Each has the
+# whole model, samples, grades and trains on its share of the work; an update adds up their gradients.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -98,8 +97,8 @@ def exit_cleanly(program):
         if isinstance(error, RuntimeError):     # on a CPU a lack of memory has no class of its own
             if not re.search("out of memory|can't allocate memory", message):
                 raise
-            message = "out of memory; --tokens_per_microbatch bounds training, --sampler_batch_size sampling"
-        if RANK > 0:    # rank 0 speaks for all: if it failed, too, torchrun ends this rank while it waits
+            message = "out of memory; lower --tokens_per_microbatch or, sampling, --sampler_batch_size"
+        if RANK > 0:    # rank 0 speaks: if it failed, too, torchrun ends this rank while it waits
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(2)
         sys.stdout.flush()
@@ -125,12 +124,12 @@ def map_over_ranks(function, items):
 
 def join_ranks():
     """Under torchrun: finds the other ranks and takes a GPU. From here on rank 0 alone prints."""
+    backend = "gloo"
+    if WORLD_SIZE > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
     if WORLD_SIZE > 1:
-        backend = "gloo"
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            backend = "cpu:gloo,cuda:nccl"
-        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=2))       # rank 0 may be saving
+        torch.distributed.init_process_group(backend)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
 
@@ -141,14 +140,14 @@ def leave_ranks(code=0):
         all_gather(None)
         atexit._run_exitfuncs()
         sys.stdout.flush()
-        os._exit(code)    # gloo's threads now and then crash the usual end
+        os._exit(code)      # gloo's threads now and then crash the usual end
 
 
 # ---- 1. Settings: every knob, declared once ------------------------------------------
 
-# Under the algorithms that use them: (flag, value, help), or (flag, tiny preset, math preset, help). A tuple holds a
-# value for each algorithm of its heading, a list the choices, the default first. A flag has its value's type. A number
-# is above zero, or may be zero if its default is or the help explains "0:".
+# Under the algorithms that use them: (flag, value, help) or (flag, tiny preset, math preset, help). A tuple
+# holds a value for each algorithm of its heading, a list the choices, the default first. A flag has its value's
+# type. A number is above zero, or may be zero if its default is or the help explains "0:".
 SETTINGS = {
     "eval sft ei grpo": [
         ("preset", ["auto", "tiny", "math"], "defaults of the rest; auto: math on a GPU"),
@@ -211,16 +210,12 @@ SETTINGS = {
 
 def build_parser():
     """The parser of all flags. What is not given is None."""
-    def boolean(text):
-        return bool(("false", "true").index(text.lower()))      # ValueError: argparse reports it
-
     parser = argparse.ArgumentParser("align.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.error = lambda message: check(False, f"{message}; --help lists the flags")
     parser.add_argument("--algo", choices=["eval", "sft", "ei", "grpo"], help="which of the four to run")
     parser.add_argument("--plot", nargs="+", metavar="DIR", help="draw runs into compare.png")
-    parser.add_argument("--compare", metavar="FLAG=A,B,…", help="run or finish each value with each seed; draw them")
+    parser.add_argument("--compare", metavar="FLAG=A,B,…", help="run each value with each seed; draw them")
     parser.add_argument("--seeds", type=int, default=3, help="of --compare: so many, from 0 on (3)")
-    parser.add_argument("--target", type=float, default=0.8, help="of --compare: the accuracy whose time is told (0.8)")
     for users, settings in SETTINGS.items():
         group = parser.add_argument_group(f"used by {users}")
         for flag, *values, help in settings:
@@ -228,8 +223,9 @@ def build_parser():
             options = {"type": type(value)}
             if isinstance(value, list):
                 options = {"choices": value}
-            elif isinstance(value, bool):
-                options = {"type": boolean, "nargs": "?", "const": True}
+            elif isinstance(value, bool):       # ValueError: argparse reports it
+                options = {"type": lambda text: ("false", "true").index(text.lower()) == 1}
+                options |= {"nargs": "?", "const": True}
             shown = " | math: ".join(str(value).strip("()[]") for value in values)
             group.add_argument(f"--{flag}", help=f"{help} ({shown})".replace("%", "%%"), **options)
     return parser
@@ -247,7 +243,7 @@ def read_settings(folder):
 def parse_args(argv):
     """The run's settings. Raises UserError for a flag that is wrong or that the run would not use."""
     # --group-size=4 means --group_size=4
-    argv = [re.sub(r"^--[\w-]+(?==|$)", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in argv]
+    argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in argv]
     given = build_parser().parse_args(argv)
     if given.plot or given.compare:
         return given
@@ -269,10 +265,10 @@ def parse_args(argv):
             if algo not in users:
                 check(value is None, f"--{flag} is not used by --algo {algo}")
                 continue
+            default = values[-1] if given.preset == "math" else values[0]
+            if isinstance(default, tuple):
+                default = default[users.index(algo)]
             if value is None:
-                default = values[-1] if given.preset == "math" else values[0]
-                if isinstance(default, tuple):
-                    default = default[users.index(algo)]
                 value = before.get(flag, default[0] if isinstance(default, list) else default)
             if type(value) in (int, float):
                 may_be_zero = "0:" in help or 0 in values
@@ -282,22 +278,22 @@ def parse_args(argv):
         args.dtype = "bfloat16" if cuda else "float32"
 
     # With these the run would go wrong, perhaps in silence.
-    for total, part in (("train_batch_size", "gradient_accumulation_steps"), ("rollout_batch_size", "group_size"),
-                        ("rollout_batch_size", "train_batch_size")):
+    for total, part in (("train_batch_size", "gradient_accumulation_steps"),
+                        ("rollout_batch_size", "group_size"), ("rollout_batch_size", "train_batch_size")):
         size, divisor = getattr(args, total, 0), getattr(args, part, 0)
         check(not divisor or size % divisor == 0, f"--{part} {divisor} does not divide --{total} {size}")
     low, high = args.sampling_min_tokens, args.sampling_max_tokens
     check(low <= high, f"--sampling_min_tokens {low} is above --sampling_max_tokens {high}")
     lonely = algo == "grpo" and args.group_size == 1 and args.loss_type != "no_baseline"
     check(not lonely, "--group_size 1 leaves no group to compare with: every advantage is 0")
-    check(not (given.resume and args.overwrite), "--resume continues a run, --overwrite replaces it: give one of them")
+    check(not given.resume or not args.overwrite, "--resume continues, --overwrite replaces: give one of them")
     return args
 
 
 # ---- 2. Prompts ----------------------------------------------------------------------
 
-# r1_zero and question_only are the handout's. tiny is r1_zero without the preamble: a base model of 0.7M parameters
-# cannot read instructions, and every token of a prompt is paid for in every rollout.
+# r1_zero and question_only are the handout's. tiny is r1_zero without the preamble: a base model of 0.7M
+# parameters cannot read instructions, and every token of a prompt is paid for in every rollout.
 PROMPTS = {"question_only": "{question}", "tiny": "User: {question}\nAssistant: <think>"}
 PROMPTS["r1_zero"] = (
     "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The Assistant "
@@ -413,7 +409,7 @@ def grade(answer, truth):
 
 
 def extract_answer(response):
-    """"12" of " 7+5=12 </think> <answer> 12 </answer>"; None if not in this format, or a tag comes twice."""
+    """"12" of " 7+5=12 </think> <answer> 12 </answer>"; None in any other format."""
     if any(response.count(tag) != 1 for tag in ("</think>", "<answer>", "</answer>")):
         return None
     match = re.search(r"</think> <answer>(.*)</answer>\s*$", response, re.DOTALL)
@@ -421,13 +417,13 @@ def extract_answer(response):
 
 
 def reward_dict(answer, truth):
-    """The rewards, each 0.0 or 1.0, of an extracted answer or None. [R1] section 2.2.2, without a format bonus."""
+    """The rewards, 0.0 or 1.0, of an extracted answer or None: [R1] section 2.2.2, no format bonus."""
     right = float(answer is not None and grade(answer, truth))
     return {"reward": right, "format_reward": float(answer is not None), "answer_reward": right}
 
 
 def r1_zero_reward_fn(response, ground_truth):
-    """Stricter than CS336's grader: one answer, no sentence around it, exact, brackets and order of tuples count."""
+    """Stricter than CS336's grader: one answer, no sentence around it, exact, tuples in order."""
     return reward_dict(extract_answer(response), ground_truth)
 
 
@@ -438,7 +434,9 @@ def question_only_reward_fn(response, ground_truth):
 
 def reward_fn_and_stop(prompt_name):
     """(reward function, stop string); without a stop string a response ends with the EOS token."""
-    return (question_only_reward_fn, None) if prompt_name == "question_only" else (r1_zero_reward_fn, "</answer>")
+    if prompt_name == "question_only":
+        return question_only_reward_fn, None
+    return r1_zero_reward_fn, "</answer>"
 
 
 def start_worker():
@@ -447,7 +445,8 @@ def start_worker():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)       # and so does a scheduler's SIGTERM
     if sys.platform == "linux":
         import resource
-        limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + WORKER_MEMORY
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + WORKER_MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
 
@@ -457,7 +456,8 @@ def grading_pool():
     """Worker processes, started once: sympy can hang or take all memory, and processes can be killed."""
     pebble.CONSTS.term_timeout = 0.1        # seconds from SIGTERM, which workers ignore, to SIGKILL
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = pebble.ProcessPool(max(1, min(os.cpu_count() // WORLD_SIZE, 16)), initializer=start_worker, context=context)
+    workers = max(1, min(os.cpu_count() // WORLD_SIZE, 16))
+    pool = pebble.ProcessPool(workers, initializer=start_worker, context=context)
     atexit.register(lambda: (pool.stop(), pool.join()))
     return pool
 
@@ -469,19 +469,20 @@ def grade_responses(reward_fn, responses, truths):
             grading_pool.cache_clear()
         futures = [grading_pool().schedule(reward_fn, args=pair, timeout=DEADLINE) for pair in pairs]
         results = [repr(f.exception()) if f.exception() else f.result() for f in futures]
-        return results if grading_pool().active else grade_share(pairs)     # an idle worker's death ends the pool
+        # An idle worker's death ends the pool.
+        return results if grading_pool().active else grade_share(pairs)
 
-    pickle.dumps(reward_fn)             # an error here says why it cannot go to a worker
     results = map_over_ranks(grade_share, list(zip(responses, truths, strict=True)))
     errors = [result for result in results if isinstance(result, str)]
-    check(len(errors) < max(32, len(results)), f"the reward function failed on all responses, first with {errors[:1]}")
+    hopeless = len(errors) == len(results) >= 32
+    check(not hopeless, f"the reward function failed on all responses, first with {errors[:1]}")
     return [reward_dict(None, "") if isinstance(r, str) else r for r in results], len(errors)
 
 
 # ---- 4. Data: JSON lines in, dicts out -----------------------------------------------
 
 def read_jsonl(path, required):
-    """The dicts of a JSON-lines file with their "line". Each has texts under all keys of one tuple in `required`."""
+    """The dicts of a JSON-lines file. Each has texts under all keys of one tuple in `required`."""
     records, wanted = [], " or ".join(" and ".join(map(repr, keys)) for keys in required)
     for i, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
         if not line.strip():
@@ -512,7 +513,7 @@ def load_problems(run, path, at_least=1):
         (problems if normalize_answer(problem["answer"]) else unusable).append(problem)
     if unusable:
         print(f"{path}: left out line {', '.join(str(p['line']) for p in unusable)}: no answer")
-    check(len(problems) >= at_least, f"{path} has {len(problems)} usable problems, where a step needs {at_least}")
+    check(len(problems) >= at_least, f"{path}: {len(problems)} usable problems, a step needs {at_least}")
     return problems
 
 
@@ -571,18 +572,18 @@ def get_response_log_probs(model, input_ids, labels, return_token_entropy=False,
     return {"log_probs": log_probs, "token_entropy": compute_entropy(logits.detach())}
 
 
-def pack(prompt_ids, response_ids, device):
-    """Packs B prompts and responses (lists of ids) into M tokens without padding, a prompt once for all of its
-    responses, though each is trained on as prompt + response:
+def pack(pairs, device):
+    """Packs B pairs (prompt ids, response ids) into M tokens without padding, a prompt once for all of
+    its responses, though each is trained on as prompt + response:
 
         prompt [5, 6] with responses [7, 8] and [9, 4, 2]       packed  5  6  7  9  4
         rows: the packed place of each token of a row           [0, 1, 2, -]  and  [0, 1, 3, 4]
         places: where in rows, flat, each packed token stands   0  1  2  6  7
 
-    Attention alone sees rows; all else works token by token. A response's last token predicts nothing: left
-    out. Returns the model's arguments and the packed places of the tokens that predict a response token."""
+    Attention alone sees rows; all else works token by token. A response's last token predicts nothing:
+    left out. Returns the model's arguments and the packed places that predict a response token."""
     ids, stands, rows, predictors, prompts = [], [], [], [], {}
-    for i, (prompt, response) in enumerate(zip(prompt_ids, response_ids, strict=True)):
+    for i, (prompt, response) in enumerate(pairs):
         known, start = prompts.get(tuple(prompt), []), len(ids)
         ids += (prompt + response[:-1])[len(known):]
         row = known + list(range(start, len(ids)))
@@ -592,9 +593,10 @@ def pack(prompt_ids, response_ids, device):
         rows.append(torch.tensor(row))
     rows = pad_sequence(rows, batch_first=True)     # (B, longest)
     row_of, positions = torch.tensor(stands).T      # (M,)
-    packed = {"input_ids": torch.tensor([ids]), "position_ids": positions[None]}
-    packed |= {"rows": rows, "places": row_of * rows.shape[1] + positions}
-    return {name: tensor.to(device) for name, tensor in packed.items()}, torch.tensor(predictors, device=device)
+    packed = {"input_ids": torch.tensor([ids]), "position_ids": positions[None], "rows": rows,
+              "places": row_of * rows.shape[1] + positions}
+    packed = {name: tensor.to(device) for name, tensor in packed.items()}
+    return packed, torch.tensor(predictors, device=device)
 
 
 def use_flash_attn(query):
@@ -602,40 +604,43 @@ def use_flash_attn(query):
     return flash_attn_func and query.is_cuda and query.dtype == torch.bfloat16
 
 
-def packed_attention(module, query, key, value, *_, scaling=None, rows=None, places=None, cache=None, **rest):
+def packed_attention(module, query, key, value, *_, scaling=None, rows=None, places=None, cache=None, **more):
     """What transformers calls in each layer: query, key, value (1, heads, M, D) -> (1, M, heads, D).
-    Without rows these are whole sequences, (B, heads, T, D), or a PrefixCache's newest tokens."""
-    query, key = query.to(value.dtype), key.to(value.dtype)     # under autocast rotary embeddings leave them float32
+    Without rows these are whole sequences, (B, heads, T, D), or a cache's newest tokens."""
+    other = [name for name in ("sliding_window", "softcap", "s_aux") if more.get(name) is not None]
+    check(not other, f"--model has attention with {other}, which section 6 does not compute")
+    query, key = query.to(value.dtype), key.to(value.dtype)     # autocast leaves rotated ones float32
     if rows is None and cache is not None:
-        return cache.attend(module.layer_idx, query, key, value, scaling), None
-    if rows is not None:    # -> (B, heads, longest, D)
+        return cache.attend(module.layer_idx, query, key, value, scaling=scaling), None
+    if rows is not None:        # -> (B, heads, longest, D)
         query, key, value = (tensor[0].transpose(0, 1).index_select(0, rows.flatten())
                              .unflatten(0, rows.shape).transpose(1, 2) for tensor in (query, key, value))
     if cache is not None:
-        cache.prompts[module.layer_idx] = key, value
+        cache.fill(module.layer_idx, key, value)
     if use_flash_attn(query):
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         output = flash_attn_func(query, key, value, softmax_scale=scaling, causal=True)
     else:
         groups = query.shape[1] // key.shape[1]     # query heads that share a key head
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-        wide = torch.float32 if query.device.type == "cpu" else query.dtype   # bfloat16's backward pass is slow there
+        # On a CPU the backward pass in bfloat16 is slow.
+        wide = torch.float32 if query.device.type == "cpu" else query.dtype
         with torch.autocast(query.device.type, enabled=False):
             output = F.scaled_dot_product_attention(query.to(wide), key.to(wide), value.to(wide),
-                                                    is_causal=True, scale=scaling).to(query.dtype)
-        output = output.transpose(1, 2)     # (B, longest, heads, D)
+                                                    is_causal=True, scale=scaling)
+        output = output.to(query.dtype).transpose(1, 2)     # (B, longest, heads, D)
     if rows is not None:
         output = output.flatten(0, 1).index_select(0, places)[None]
     return output, None
 
 
 AttentionInterface.register("packed", packed_attention)
-torch.backends.cuda.enable_cudnn_sdp(False)         # it plans anew for every shape, and nearly every batch has its own
+torch.backends.cuda.enable_cudnn_sdp(False)         # it plans anew for the shape of nearly every batch
 MAX_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 27}      # that ChunkedLogProbs holds at a time
 
 
 def head_logits(hidden, head):
-    """hidden · headᵀ, (n, D), (V, D) -> (n, V), in float32: bfloat16 would round logits of 20 to 30 by up to 0.06."""
+    """hidden · headᵀ, (n, D), (V, D) -> (n, V), float32: bfloat16 rounds logits of 20 to 30 by up to 0.06."""
     if hidden.is_cuda and hidden.dtype == torch.bfloat16:
         return torch.mm(hidden, head.T, out_dtype=torch.float32)
     return (hidden @ head.T).float()
@@ -685,42 +690,20 @@ class ChunkedLogProbs(torch.autograd.Function):
         return grad_hidden, grad_head, None
 
 
-def hidden_states(model, **packed):
-    """What the output head turns into logits, (M, D)."""
-    base_model = getattr(model, "sharded_base", model.base_model)
-    return base_model(use_cache=False, **packed).last_hidden_state[0]
-
-
-def get_packed_log_probs(model, prompt_ids, response_ids, temperature=1.0):
-    """get_response_log_probs at the tokens of B responses alone, and their mask, (B, longest response)."""
-    device = model.device
-    packed, predictors = pack(prompt_ids, response_ids, device)
-    hidden = hidden_states(model, **packed).index_select(0, predictors) / temperature   # (n, D)
-    if torch.is_autocast_enabled(device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(device.type))
-    labels = torch.tensor([token for ids in response_ids for token in ids], device=device)
-    values = ChunkedLogProbs.apply(hidden, model.get_output_embeddings().weight, labels)
-    mask = pad_sequence([torch.ones(len(ids)) for ids in response_ids], batch_first=True).bool().to(device)
+def get_packed_log_probs(model, pairs, temperature=1.0, dtype="float32"):
+    """get_response_log_probs of B pairs (prompt ids, response ids) at the responses' tokens alone, with matrix
+    products in `dtype`. Returns log-probs, entropies and their mask, (B, longest response)."""
+    device, dtype = model.device, getattr(torch, dtype)
+    packed, predictors = pack(pairs, device)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        hidden = model.base_model(use_cache=False, **packed).last_hidden_state[0]
+    hidden = hidden.index_select(0, predictors) / temperature       # (n, D)
+    labels = torch.tensor([token for _, response in pairs for token in response], device=device)
+    values = ChunkedLogProbs.apply(hidden.to(dtype), model.get_output_embeddings().weight, labels)
+    ones = [torch.ones(len(response), dtype=torch.bool) for _, response in pairs]
+    mask = pad_sequence(ones, batch_first=True).to(device)
     log_probs, entropy = (torch.zeros(mask.shape, device=device).masked_scatter(mask, v) for v in values)
     return log_probs, entropy, mask
-
-
-def shard(model, dtype):
-    """Leaves each rank one part in N of every parameter, gradient and AdamW moment (FSDP2). Passes gather
-    weights in `dtype`, a layer at a time, and all ranks have to make the same."""
-    from torch.distributed import fsdp
-    policy = fsdp.MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
-    layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
-    for module in (*layers, model):
-        fsdp.fully_shard(module, mp_policy=policy)
-    # The head is not in the base model, whose call FSDP must see as one of the whole model.
-    model.sharded_base = lambda *args, **kwargs: model.base_model(*args, **kwargs)
-    fsdp.register_fsdp_forward_method(model, "sharded_base")
-
-
-def full_tensor(tensor):
-    """A sharded tensor all-gathered (all ranks have to call this); another one as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 # ---- 7. Losses: which tokens to push, and how hard -----------------------------------
@@ -882,60 +865,42 @@ class Rollout:
     finish_reason: str      # "stop": ended by itself; "length": cut at max_tokens
 
 
-def autocast(args):
-    """Matrix products in --dtype; weights, log-probs and losses stay float32."""
-    return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+class KeyValueCache:
+    """Keys and values of B rows that grow by a token at a time: a prompt and its response."""
 
+    def __init__(self, n):
+        self.n, self.layers = n, {}         # layer: [keys, values], each (B, kv_heads, room, D)
 
-class PrefixCache:
-    """Keys and values while P prompts get n equally long responses each; a prompt's stand here once."""
+    def fill(self, layer, *keys_and_values):
+        """Takes those of P prompts, (P, kv_heads, longest, D), for n rows each: B = P · n."""
+        self.layers[layer] = [tensor.repeat_interleave(self.n, dim=0) for tensor in keys_and_values]
 
-    def __init__(self, n, prompt_lengths):
-        self.n, self.t = n, 0           # t: the place of the responses' newest token
-        self.prompts = {}               # layer: keys and values, (P, kv_heads, longest, D)
-        self.responses = {}             # layer: the same, (2, P, kv_heads, n, room, D)
-        columns = torch.arange(int(prompt_lengths.max()), device=prompt_lengths.device)
-        self.padding = (columns >= prompt_lengths[:, None])[:, None, None, None]      # (P, 1, 1, 1, longest)
+    def advance(self, places):
+        """The next tokens stand at these places of their rows, (B,)."""
+        self.places, self.end = places, int(places.max()) + 1
+        self.unseen = torch.arange(self.end, device=places.device) > places[:, None]
 
-    def attend(self, layer, query, key, value, scaling):
-        """Attention of the responses' newest tokens: (1, heads, P·n, D) -> (1, P·n, heads, D)."""
-        prompt_keys, prompt_values = self.prompts[layer]
-        n_prompts, kv_heads, longest, width = prompt_keys.shape
-        # (P, kv_heads, n, heads that share a key head, D)
-        query, key, value = (tensor.view(kv_heads, -1, n_prompts, self.n, width).permute(2, 0, 3, 1, 4)
-                             for tensor in (query, key, value))
-        new = torch.stack([key, value])
-        if self.t % 64 == 0:            # make room for 64 more tokens
-            self.responses[layer] = F.pad(self.responses.get(layer, new[..., :0, :]), (0, 0, 0, 64))
-        self.responses[layer][..., self.t:self.t + 1, :] = new
-        keys, values = self.responses[layer][..., :self.t + 1, :]
-        # All responses to a prompt read its keys in one product; one softmax goes over both parts.
-        scores = (query.flatten(2, 3) @ prompt_keys.mT).unflatten(2, query.shape[2:4])
-        scores = torch.cat([scores.masked_fill_(self.padding, -math.inf), query @ keys.mT], dim=-1)
-        prompt_weights, weights = scores.mul_(scaling).softmax(dim=-1).tensor_split([longest], dim=-1)
-        output = (prompt_weights.flatten(2, 3) @ prompt_values).unflatten(2, query.shape[2:4])
-        return (output + weights @ values).permute(0, 2, 1, 3, 4).reshape(1, n_prompts * self.n, -1, width)
+    def attend(self, layer, query, *keys_and_values, scaling):
+        """Attention of each row's newest token: (1, heads, B, D) -> (1, B, heads, D)."""
+        held, rows = self.layers[layer], torch.arange(len(self.places), device=query.device)
+        for i, new in enumerate(keys_and_values):
+            if held[i].shape[2] < self.end:
+                held[i] = F.pad(held[i], (0, 0, 0, 64))             # room for 64 more tokens
+            held[i][rows, :, self.places] = new[0].transpose(0, 1)
+        keys, values = (tensor[:, :, :self.end] for tensor in held)
+        # Query heads that share a key head are rows of one matrix product.
+        query = query[0].transpose(0, 1).unflatten(1, (keys.shape[1], -1))
+        scores = (query @ keys.mT).mul_(scaling).masked_fill_(self.unseen[:, None, None], -math.inf)
+        return (scores.softmax(dim=-1) @ values).flatten(1, 2)[None]
 
-    def drop_finished(self, live):
-        """Drops finished responses once they are many, leaving each prompt as many as the one with
-        most live ones has. live (P·n,). Returns the rows that stay."""
-        live = live.view(-1, self.n)
-        prompts = live.any(dim=1).nonzero()[:, 0]                       # (P',)
-        most = int(live.sum(dim=1).max())
-        if not self.responses or len(prompts) * most > 0.75 * live.numel():
-            return torch.arange(live.numel(), device=live.device)
-        columns = live[prompts].sort(dim=1, descending=True, stable=True).indices[:, :most]
-        for layer in self.prompts:
-            self.prompts[layer] = [tensor[prompts] for tensor in self.prompts[layer]]
-            room = self.responses[layer].transpose(2, 3)[:, prompts[:, None], columns]
-            self.responses[layer] = room.transpose(2, 3)
-        kept = prompts[:, None] * self.n + columns                      # (P', n')
-        self.n, self.padding = most, self.padding[prompts]
-        return kept.flatten()
+    def keep(self, rows):
+        """Drops all other rows."""
+        for held in self.layers.values():
+            held[:] = [tensor[rows] for tensor in held]
 
 
 class TorchSampler:
-    """Samples with the training model, or a copy where that is sharded or of another dtype."""
+    """Samples with the training model, or with a copy of it in another dtype."""
 
     def __init__(self, tokenizer, batch_size, dtype):
         self.tokenizer, self.batch_size = tokenizer, batch_size
@@ -944,7 +909,7 @@ class TorchSampler:
     @torch.no_grad()
     def load_weights(self, model):
         """Takes over the model's weights as they are now."""
-        if model.dtype == self.dtype and not hasattr(model, "sharded_base"):
+        if model.dtype == self.dtype:
             self.model = model
             return
         if self.model is None:
@@ -953,7 +918,7 @@ class TorchSampler:
                 self.model = AutoModelForCausalLM.from_config(
                     config, dtype=self.dtype, attn_implementation="packed").eval()
         for own, parameter in zip(self.model.parameters(), model.parameters(), strict=True):
-            own.copy_(full_tensor(parameter))
+            own.copy_(parameter)
 
     def served_weights(self):
         """{name: tensor} of the weights that it samples with, in its own dtype."""
@@ -970,17 +935,18 @@ class TorchSampler:
                     self.generate(prompt_ids[i:i + size], n, seeds[i:i + size], *settings)]
         device, eos = self.model.device, self.tokenizer.eos_token_id
         completes = stop and StopStringCriteria(self.tokenizer, [stop])
-        # A response's token t is where its draws[t] falls in the cumulated distribution. So it depends on
-        # its prompt's seed and its number among the prompt's responses, not on what shares its batch.
+        # A response's token t is where draws[t] falls in the cumulated distribution. So it depends on its
+        # prompt's seed and its number among the prompt's responses, not on what shares its batch.
         draws = [torch.rand(n, max_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
         draws = torch.cat(draws).to(device).clamp(max=1 - 1e-6)
         ids, log_probs = torch.zeros_like(draws, dtype=torch.long), torch.zeros_like(draws)
-        rows = torch.arange(len(draws), device=device)      # the response in each row of the batch
-        lengths = torch.zeros_like(rows)                    # of the responses; 0: not ended
-        prompt_lengths = torch.tensor([len(prompt) for prompt in prompt_ids], device=device)
-        cache = PrefixCache(n, prompt_lengths)
-        packed, last = pack(prompt_ids, [[0]] * len(prompt_ids), device)    # the 0 is left out
-        hidden = hidden_states(self.model, cache=cache, **packed)[last].repeat_interleave(n, dim=0)
+        rows = torch.arange(len(draws), device=device)      # the responses that are still in the batch
+        lengths = torch.zeros_like(rows)                    # of all responses; 0: not ended
+        cache = KeyValueCache(n)
+        packed, last = pack([(prompt, [0]) for prompt in prompt_ids], device)       # the 0 is left out
+        hidden = self.model.base_model(use_cache=False, cache=cache, **packed).last_hidden_state[0]
+        hidden = hidden[last].repeat_interleave(n, dim=0)
+        places = torch.tensor([len(prompt) for prompt in prompt_ids], device=device).repeat_interleave(n)
         for t in range(max_tokens):
             logits = head_logits(hidden, self.model.get_output_embeddings().weight) / (temperature or 1.0)
             normalizer = logits.logsumexp(dim=-1, keepdim=True)         # before the ban
@@ -999,13 +965,15 @@ class TorchSampler:
             if stop and t + 1 >= min_tokens:
                 ends |= completes(ids[rows, max(0, t + 1 - len(stop)):t + 1], None)
             lengths[rows[ends & (lengths[rows] == 0)]] = t + 1
-            if t + 1 == max_tokens or lengths.all():
+            live = lengths[rows] == 0
+            if t + 1 == max_tokens or not live.any():
                 break
-            kept = cache.drop_finished(lengths[rows] == 0)
-            rows, token = rows[kept], token[kept]
-            positions = prompt_lengths[rows // n] + t
-            cache.t = t
-            hidden = hidden_states(self.model, input_ids=token.T, position_ids=positions[None], cache=cache)
+            if live.sum() <= 0.75 * len(rows):      # finished ones leave once they are many
+                rows, token = rows[live], token[live]
+                cache.keep(live)
+            cache.advance(places[rows] + t)
+            hidden = self.model.base_model(token.T, position_ids=cache.places[None], use_cache=False,
+                                           cache=cache).last_hidden_state[0]
         rollouts = []
         for i, length in enumerate(lengths.tolist()):
             response = ids[i, :length or max_tokens].tolist()
@@ -1038,20 +1006,20 @@ class VLLMSampler:
                 distributed_executor_backend="external_launcher" if WORLD_SIZE > 1 else None)
             self.llm.generate("1", vllm.SamplingParams(max_tokens=1), use_tqdm=False)
         except (ImportError, AssertionError, ValueError, RuntimeError, OSError) as error:
-            raise UserError(f"vLLM cannot serve {args.model}: {short_message(error)}; pip install vllm==0.32.0, "
-                            "or see --gpu_memory_utilization (CPU: VLLM_CPU_KVCACHE_SPACE), --sampler torch") from error
+            raise UserError(f"vLLM cannot serve {args.model}: {short_message(error)}; see --gpu_memory_utilization "
+                            "(CPU: VLLM_CPU_KVCACHE_SPACE), pip install vllm==0.32.0, --sampler torch") from error
 
     def load_weights(self, model):
         """The weight sync, parameter by parameter in memory; drops keys and values of old weights."""
         self.llm.wake_up(tags=["weights"])      # later it would bring old ones back; no-op if awake
         try:
-            weights = ((name, full_tensor(p.detach())) for name, p in model.named_parameters())
+            weights = ((name, parameter.detach()) for name, parameter in model.named_parameters())
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             if model.device.type == "cpu" and model.config.tie_word_embeddings:
                 # vLLM there multiplies by a packed copy of the head, which the sync leaves as it was.
                 self.llm.apply_model(lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head))
         except (AttributeError, TypeError, NotImplementedError) as error:
-            raise UserError(f"the weight sync needs vllm==0.32.0, not this vLLM: {short_message(error)}") from error
+            raise UserError(f"the weight sync needs vllm==0.32.0: {short_message(error)}") from error
         self.llm.wake_up(tags=["kv_cache"])
         check(self.llm.reset_prefix_cache(), "vLLM kept its prefix cache after a weight sync")
 
@@ -1064,27 +1032,27 @@ class VLLMSampler:
         from vllm import SamplingParams
         prompts = [{"prompt_token_ids": ids} for ids in prompt_ids for _ in range(n)]
         params = [SamplingParams(
-            seed=seed_for(seed, i, "request"), temperature=temperature, max_tokens=max_tokens, min_tokens=min_tokens,
-            logprobs=0, flat_logprobs=True, stop=stop, include_stop_str_in_output=True,
+            seed=seed_for(seed, i, "request"), temperature=temperature, max_tokens=max_tokens,
+            min_tokens=min_tokens, logprobs=0, flat_logprobs=True, stop=stop, include_stop_str_in_output=True,
             stop_token_ids=[self.tokenizer.eos_token_id], ignore_eos=True)      # the model may list more ends
             for seed in seeds for i in range(n)]
         requests = self.llm.generate(prompts, params, use_tqdm=False)
         if self.sleeps:
             self.llm.sleep(level=2)                     # drops the weights: each sync brings new ones
         return [Rollout(request.prompt_token_ids, list(output.token_ids), output.logprobs.logprobs,
-                        output.text, output.finish_reason) for request in requests for output in request.outputs]
+                        output.text, output.finish_reason)
+                for request in requests for output in request.outputs]
 
 
 def make_sampler(args, tokenizer):
-    """The sampler that --sampler names; auto says which it takes."""
+    """The sampler that --sampler names."""
     choice = args.sampler
     if choice == "auto":
-        installed = importlib.util.find_spec("vllm") is not None
-        choice = "vllm" if installed and args.device == "cuda" else "torch"
-        print(f"sampler {choice}{'' if installed else ', vLLM is not installed'} (--sampler chooses)")
-    if choice == "torch":
-        return TorchSampler(tokenizer, args.sampler_batch_size, args.dtype)
-    return VLLMSampler(args, tokenizer)
+        choice = "vllm" if args.device == "cuda" and importlib.util.find_spec("vllm") else "torch"
+        print(f"sampler {choice} (--sampler chooses; vllm is for a GPU and has to be installed)")
+    if choice == "vllm":
+        return VLLMSampler(args, tokenizer)
+    return TorchSampler(tokenizer, args.sampler_batch_size, args.dtype)
 
 
 def pad_log_probs(rollouts):
@@ -1092,45 +1060,47 @@ def pad_log_probs(rollouts):
     return pad_sequence([torch.tensor(rollout.log_probs) for rollout in rollouts], batch_first=True)
 
 
-# The most expensive silent bug of this field is a sampler with stale weights. So its weights are compared with the
-# trainer's, exactly, and so are its log-probs: within (mean, max) nats. vLLM on a GPU multiplies even float32 in TF32.
+# The most expensive silent bug of this field is a sampler with stale weights. So its weights are compared
+# with the trainer's, exactly, and its log-probs within (mean, max) nats.
 GAP_LIMITS = {"float32": (1e-3, 1e-2), "bfloat16": (0.15, math.inf)}
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
 def check_weights(model, served):
-    """UserError unless the sampler's weights {name: tensor} are the trainer's, cast to their dtype, to the last bit.
-    To be called right after load_weights: a sleeping vLLM has none."""
-    ends = {}       # of what has been compared of each of the sampler's tensors: vLLM fuses q, k and v, and gate and up
-    for name, parameter in sorted(model.named_parameters(), key=lambda pair: pair[0].replace("q_proj", "a_proj")):
-        fused = re.sub(r"\b[qkv]_proj", "qkv_proj", re.sub(r"\b(gate|up)_proj", "gate_up_proj", name))
-        place = name if name in served else fused
-        weight, start = full_tensor(parameter.detach()), ends.get(place, 0)
-        own = served.get(place, weight[:0])[start:start + len(weight)]
-        if own.shape == weight.shape:       # on a CPU vLLM repacks matrices and leaves nothing here
-            same = torch.equal(own, weight.to(own.dtype))
+    """UserError unless the sampler's weights {name: tensor} are the trainer's, cast to their dtype, to the
+    last bit. To be called right after load_weights: a sleeping vLLM has none."""
+    ours, compared = dict(model.named_parameters()), 0
+    for name, own in served.items():
+        layer = name.split(".")[-2]
+        names = [name.replace(layer, part) for part in FUSED.get(layer, [layer])]       # vLLM fuses some
+        weights = [ours[name] for name in names if name in ours]
+        rows = sum(map(len, weights))       # vLLM pads the vocabulary, and on a CPU it repacks matrices
+        if rows and own[:rows].shape == (rows, *weights[0].shape[1:]):
+            same = torch.equal(own[:rows], torch.cat(weights).to(own.dtype))
             check(same, f"the sampler has stale or wrong weights: its {name} is not the trainer's")
-            ends[place] = start + len(weight)
-    if not ends:
-        print("the sampler's weights have other names: only its log-probs are compared with the trainer's", flush=True)
+            compared += 1
+    if not compared:
+        print("the sampler's weights have other names: only its log-probs are compared", flush=True)
 
 
 def check_sampler(run, rollouts, temperature):
     """(mean, max) of |log π − log π_sampler| over the tokens, in nats; UserError where it is too large."""
-    prompt_ids, response_ids = zip(*((r.prompt_ids, r.response_ids) for r in rollouts))
-    with torch.no_grad(), autocast(run.args):
-        ours, _, mask = get_packed_log_probs(run.model, prompt_ids, response_ids, temperature)
+    pairs = [(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts]
+    with torch.no_grad():
+        ours, _, mask = get_packed_log_probs(run.model, pairs, temperature, run.args.dtype)
     mask[:, :run.args.sampling_min_tokens] = False      # vLLM's are those after the ban of EOS
     gaps = (ours - pad_log_probs(rollouts).to(ours.device))[mask].abs()
     mean, largest = (gaps.mean().item(), gaps.max().item()) if len(gaps) else (0.0, 0.0)
+    # On a GPU vLLM multiplies even float32 in TF32.
     limits = GAP_LIMITS["bfloat16" if run.args.device == "cuda" else run.args.dtype]
     close = mean <= limits[0] and largest <= limits[1]      # false for nan, too
-    check(close, f"the sampler has stale or wrong weights: log-probs off by {mean=:.2g} {largest=:.2g} nats, {limits=}")
+    check(close, f"the sampler has stale or wrong weights: log-probs off by {mean=:.2g} {largest=:.2g}")
     return mean, largest
 
 
 def sample(run, problems, n, step, purpose, temperature):
-    """n Rollouts per problem from the policy as it is now, and the problem of each. Each rank samples
-    for its share of the problems. purpose: "train" or "eval", the first part of metrics' names."""
+    """n Rollouts per problem from the policy as it is now, and the problem of each. Each rank samples for
+    its share of the problems. purpose: "train" or "eval", the first part of metrics' names."""
     args = run.args
 
     def sample_share(numbers):
@@ -1169,7 +1139,7 @@ def lenient_reward_fn(response, ground_truth):
 
 
 def pass_at_k(n, c, k):
-    """The unbiased estimate of P(at least one of k samples is right) from n samples, c of them right ([pass@k] eq. 1).
+    """The unbiased estimate of P(one of k samples is right) from n samples, c of them right ([pass@k] eq. 1).
 
     >>> pass_at_k(n=4, c=1, k=2)        # two of four: 3 of the 6 pairs hold the right one
     0.5
@@ -1205,8 +1175,10 @@ def evaluate(run, n, step):
     for k in [2**i for i in range(9) if 2**i < n] + [n]:
         run.log(f"eval/pass@{k}", [pass_at_k(n, int(c), k) for c in right.sum(dim=1)])
     wrong = [i for i, reward in enumerate(rewards) if reward["reward"] == 0]
-    lenient, _ = grade_responses(lenient_reward_fn, [texts[i] for i in wrong], [truths[i] for i in wrong])
-    run.log("eval/lenient", [reward["reward"] for reward in lenient] + [1.0] * (len(rewards) - len(wrong)))
+    pairs = [texts[i] for i in wrong], [truths[i] for i in wrong]
+    lenient, _ = grade_responses(lenient_reward_fn, *pairs)
+    rest = [1.0] * (len(rewards) - len(wrong))
+    run.log("eval/lenient", [reward["reward"] for reward in lenient] + rest)
 
 
 # ---- 10. A run: metrics, pictures, checkpoints, start, finish, update --------------
@@ -1226,12 +1198,11 @@ class Run:
     last_step: int = 0
     sums: dict = dataclasses.field(default_factory=dict)
     clock: float = 0.0
-    drawn: float = 0.0          # when the curves were last drawn
     signal: int = 0             # SIGINT or SIGTERM, once it has come
     skipped: int = 0            # updates in a row whose gradient was not finite
 
     def log(self, name, values, mask=None):
-        """Takes numbers or a tensor. A step's metric is the mean of them all (under the mask), over all ranks."""
+        """Takes numbers or a tensor. A step's metric is the mean of them all (under the mask)."""
         values = torch.as_tensor(values, dtype=torch.float64).detach()
         mask = torch.ones_like(values).bool() if mask is None else mask
         total, count = self.sums.get(name, (0, 0))      # on the device: nothing waits for it
@@ -1244,19 +1215,22 @@ class Run:
             self.log(f"time/{name}", self.clock - before)
 
     def step_metrics(self):
-        """{name: mean} of what was logged since the last call; every rank logs the same names."""
+        """{name: mean} of what was logged since the last call, by any rank."""
         sums, self.sums = self.sums, {}
-        gathered = all_gather({name: (float(total), int(count)) for name, (total, count) in sums.items()})
-        sums = {name: [sum(pair) for pair in zip(*(one[name] for one in gathered))] for name in sums}
-        return {name: total / count for name, (total, count) in sums.items() if count}
+        numbers = [(name, float(total), int(count)) for name, (total, count) in sums.items()]
+        totals, counts = collections.Counter(), collections.Counter()
+        for name, total, count in sum(all_gather(numbers), []):
+            totals[name] += total
+            counts[name] += count
+        return {name: totals[name] / count for name, count in counts.items() if count}
 
 
-# What a step prints of its metrics, what is drawn, and what tables show of a run's end.
+# What a step prints of its metrics, and what is drawn and tabulated of a run.
 SHOWN = ("train/reward", "train/format", "train/loss", "train/entropy", "train/clip_fraction",
          "train/length", "train/grad_norm", "train/learning_rate", "time/sampling", "time/training",
          "eval/accuracy", "eval/stderr", "eval/format", "eval/lenient", "eval/length")
 PANELS = ("eval/accuracy", "eval/format", "train/reward", "train/entropy", "train/length")
-COLUMNS = ("eval/accuracy", "eval/format", "eval/length", "train/entropy", "train/grad_norm", "seconds", "tokens")
+COLUMNS = (*PANELS, "seconds", "tokens", "step to 80%", "seconds to 80%")
 
 
 def read_metrics(folder):
@@ -1278,11 +1252,11 @@ def mean_and_spread(values):
     return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"
 
 
-def report(runs, picture, against="step", target=0.8):
-    """Draws the curves of runs, {label: folders}, and returns a Markdown table of how they ended. The folders are
-    seeds of one thing: one colour, mean ± standard deviation. against: "step" or "seconds"."""
+def report(runs, picture, against="step"):
+    """Draws the curves of runs, {label: folders of its seeds}, against "step" or "seconds". Returns a
+    Markdown table of how they ended, mean ± standard deviation of the seeds."""
     from matplotlib.figure import Figure
-    figure, table = Figure(figsize=(7, 10), layout="constrained"), []
+    figure, rows = Figure(figsize=(7, 10), layout="constrained"), []
     axes = figure.subplots(len(PANELS), sharex=True)
     for i, (label, folders) in enumerate(runs.items()):
         ends = []
@@ -1293,25 +1267,18 @@ def report(runs, picture, against="step", target=0.8):
                 axis.plot([r[against] for r in known], [r[name] for r in known], f"C{i}")
                 axis.set_title(name, fontsize=9, loc="left")
             validated = [record for record in records if "eval/accuracy" in record]
-            first = next((r for r in validated if r["eval/accuracy"] >= target), {})
-            ends.append({name: validated[-1].get(name) for name in COLUMNS})
-            ends[-1] |= {f"{name} to {target:.0%}": first.get(name) for name in ("step", "seconds")}
+            first = next((r for r in validated if r["eval/accuracy"] >= 0.8), {})
+            times = {"step to 80%": first.get("step"), "seconds to 80%": first.get("seconds")}
+            ends.append([(validated[-1] | times).get(name) for name in COLUMNS])
         axes[0].lines[-1].set_label(label)
-        table.append({"": label} | {name: mean_and_spread([end[name] for end in ends]) for name in ends[0]})
+        rows.append([label, *map(mean_and_spread, zip(*ends))])
     axes[0].legend(fontsize=8)
     axes[-1].set_xlabel(against)
     aside = Path(picture).with_name("partial.png")
     figure.savefig(aside, dpi=110)
     os.replace(aside, picture)
-    rows = [table[0], ["---"] * len(table[0]), *(row.values() for row in table)]
+    rows = [["", *COLUMNS], ["---"] * (len(COLUMNS) + 1), *rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def flush(path):
-    """Returns when the disk has a file, or the list of a folder's files."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def replace_text(path, text):
@@ -1322,26 +1289,14 @@ def replace_text(path, text):
 
 
 def save_checkpoint(run, path, step):
-    """Writes a Hugging Face folder with the trainer's state: aside, flushed, then renamed."""
-    def gather(tensors):        # shards, one tensor after the other, for rank 0
-        whole = ((name, full_tensor(tensor.detach())) for name, tensor in tensors)
-        return {name: tensor.cpu() for name, tensor in whole if RANK == 0}
-
-    if WORLD_SIZE > 1:
-        run.model.reshard()         # drops what the last forward pass has all-gathered
-    weights = gather(run.model.named_parameters()) if WORLD_SIZE > 1 else None      # None: its own
-    state = {i: gather(tensors.items()) for i, tensors in run.optimizer.state_dict()["state"].items()}
-    if RANK > 0:
-        return
-    partial = path.with_name("partial")
+    """Writes a Hugging Face folder with the trainer's state: aside, synced, then renamed."""
+    partial, state = path.with_name("partial"), run.optimizer.state_dict()["state"]
     try:
-        run.model.save_pretrained(partial, state_dict=weights)
+        run.model.save_pretrained(partial)
         run.tokenizer.save_pretrained(partial)
         torch.save({"optimizer": state, "step": step}, partial / "trainer_state.pt")
-        for file in (*partial.iterdir(), partial, *path.parent.glob("*.jsonl")):
-            flush(file)
+        os.sync()                       # the disk has all of it, the logs too, before it gets its name
         os.replace(partial, path)
-        flush(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:       # torch.save raises no OSError
         free = shutil.disk_usage(path.parent).free >> 20
         shutil.rmtree(partial, ignore_errors=True)
@@ -1379,7 +1334,7 @@ def open_output_dir(args, step):
 
 
 def find_data(args):
-    """Makes data/arithmetic/ where it is needed and not there. UserError for what would stop the run later."""
+    """Makes data/arithmetic/ where it is needed and not there; UserError for other files that are missing."""
     flags = () if getattr(args, "question", "") else ("train_data", "val_data", "sft_data")
     files = [Path(getattr(args, flag)) for flag in flags if flag in args]
     tiny = [path for path in (Path(args.model), *files) if path.is_relative_to("data/arithmetic")]
@@ -1388,7 +1343,7 @@ def find_data(args):
         subprocess.run([sys.executable, Path(__file__).with_name("prepare_data.py")])
     all_gather(None)            # waits for rank 0
     for path in files:
-        check(path.is_file(), f"{path} is not there; `python prepare_data.py --help` says how data/ is made")
+        check(path.is_file(), f"{path} is not there; see `python prepare_data.py --help`")
     if RANK == 0 and files:
         files_of_a_run(args)    # before a model is loaded
 
@@ -1403,39 +1358,33 @@ def load_run(args):
             ctypes.CDLL(None).mallopt(option, value)
     if Path(args.model).is_dir():
         transformers_logging.disable_progress_bar()                 # only a download needs one
-    checkpoint = next(iter(checkpoints(args.output_dir)), None) if getattr(args, "resume", False) else None
+    resumable = checkpoints(args.output_dir) if getattr(args, "resume", False) else []
+    checkpoint = resumable[0] if resumable else None
+    source = checkpoint or args.model
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint or args.model)
-        # float32 masters even on a GPU: at lr 1e-5 most AdamW steps are below half a bfloat16 ulp of the weight.
-        # The model stays in evaluation mode: dropout would make π differ from the policy that sampled.
-        model = AutoModelForCausalLM.from_pretrained(checkpoint or args.model, dtype=torch.float32,
-                                                     attn_implementation="packed")
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        # float32 masters even on a GPU: at lr 1e-5 most AdamW steps are below half a bfloat16 ulp of the
+        # weight. No train(): dropout would make π differ from the policy that sampled.
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="packed")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"--model {checkpoint or args.model} cannot be loaded: {short_message(error)}") from error
-    transformers_logging.disable_progress_bar()
-
-    # Section 6 would compute some models wrongly.
-    check(tokenizer.eos_token_id is not None, f"--model {args.model} has no end-of-sequence token")
-    config = model.config
-    window = getattr(config, "sliding_window", None)            # of all layers, where there are no layer_types
-    kinds = set(getattr(config, "layer_types", None) or (["sliding_window"] if window else [])) - {"full_attention"}
-    check(not kinds, f"--model {args.model} has layers of {kinds}: section 6 leaves them out")
-    ids = list(range(16))
+        raise UserError(f"--model {source} cannot be loaded: {short_message(error)}") from error
+    check(tokenizer.eos_token_id is not None, f"--model {source} has no end-of-sequence token")
+    # Two responses to one prompt, packed and not. Layers other than attention that mix tokens show here,
+    # and logits that are more than a product with the output head.
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6]])
     with torch.no_grad():
-        plain = get_response_log_probs(model, torch.tensor([ids[:-1]]), torch.tensor([ids[1:]]))["log_probs"]
-        packed, _, _ = get_packed_log_probs(model, [ids[:1]], [ids[1:]])
-    same = torch.allclose(plain, packed, atol=1e-3)
-    check(same, f"--model {args.model} does more to its logits than multiply by the output head (a soft cap?)")
-
-    if WORLD_SIZE > 1 and args.algo != "eval":
-        shard(model, args.dtype)
-    else:
-        model.to(args.device)
+        plain = get_response_log_probs(model, ids[:, :-1], ids[:, 1:])["log_probs"]
+        packed, _, _ = get_packed_log_probs(model, [([1, 2], [3, 4]), ([1, 2], [5, 6])])
+    same = torch.allclose(plain[:, 1:], packed, atol=1e-3)
+    check(same, f"--model {source} has layers or logits that section 6 computes wrongly")
+    model.to(args.device)
     millions = model.num_parameters() / 1e6
-    print(f"model {args.model}: {millions:.1f}M parameters, {WORLD_SIZE} × {args.device}, {args.dtype}", flush=True)
+    machine = f"{WORLD_SIZE} × {args.device}, {args.dtype}"
+    print(f"model {source}: {millions:.1f}M parameters, {machine}", flush=True)
     if args.device == "cuda" and not flash_attn_func:
         print(f"attention is torch's, flash-attn cannot be imported: {short_message(flash_attn_error)}")
-    run = Run(args, model, tokenizer, make_sampler(args, tokenizer), *reward_fn_and_stop(args.prompt), checkpoint)
+    sampler, (reward_fn, stop) = make_sampler(args, tokenizer), reward_fn_and_stop(args.prompt)
+    run = Run(args, model, tokenizer, sampler, reward_fn, stop, checkpoint)
     run.val_problems = [] if getattr(args, "question", "") else load_problems(run, args.val_data)
     if 0 < args.validation_size < len(run.val_problems):
         # Always the same ones, whatever the seed, from the whole file: files come sorted by subject.
@@ -1443,51 +1392,16 @@ def load_run(args):
     return run
 
 
-def finish_step(run, step):
-    """Validates the weights after the update and saves them where it is time to; stops on a signal."""
-    args, folder, is_last = run.args, Path(run.args.output_dir), step == run.last_step
-    if is_last or step % (args.validation_frequency or run.last_step) == 0:
-        evaluate(run, 1, step)
-        run.lap("evaluation")
-    metrics, stopping = run.step_metrics(), max(all_gather(run.signal))
-    if RANK == 0:
-        with open(folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        shown = [f"{name.removeprefix('train/')} {metrics[name]:.3g}" for name in SHOWN if name in metrics]
-        print(f"step {step:4d}/{run.last_step} |", " | ".join(shown), flush=True)
-        if args.wandb_project:
-            import wandb
-            wandb.log(metrics, step=step)
-        if is_last or time.monotonic() > run.drawn + 60:            # drawing takes half a second
-            report({args.output_dir: [folder]}, folder / "curves.png")
-            run.drawn = time.monotonic()
-    if step and (is_last or stopping or step % (args.save_frequency or run.last_step) == 0):
-        save_checkpoint(run, folder / ("final_model" if is_last else f"checkpoint-{step}"), step)
-        if RANK == 0 and args.keep_checkpoints:
-            for path in checkpoints(folder)[args.keep_checkpoints:]:
-                shutil.rmtree(path.rename(folder / "partial"))      # half a folder is no checkpoint
-    if is_last:
-        accuracy, n = metrics["eval/accuracy"], len(run.val_problems)
-        print(f"done: accuracy {accuracy:.3f} on {n} unseen problems; {folder}/final_model, curves.png")
-    elif stopping:
-        print(f"stopped after step {step}; --resume goes on from there", flush=True)
-        leave_ranks(128 + stopping)
-        sys.exit(128 + stopping)
-    run.lap()
-
-
 def start_training(run, last_step):
     """Validates the weights as they come, or goes on from the checkpoint. Returns the first step."""
     args, run.last_step, step = run.args, last_step, 0
-    run.optimizer = torch.optim.AdamW(run.model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95),
-                                      weight_decay=args.weight_decay, fused=args.device == "cuda")   # less memory
+    run.optimizer = torch.optim.AdamW(
+        run.model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay,
+        fused=args.device == "cuda")        # less memory
     if run.checkpoint:
-        saved = torch.load(run.checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True, mmap=True)
-        step, state = saved["step"], saved["optimizer"]
-        for parameter, tensors in zip(run.model.parameters(), state.values()):
-            for name in ("exp_avg", "exp_avg_sq") if isinstance(parameter, DTensor) else ():
-                tensors[name] = distribute_tensor(tensors[name], parameter.device_mesh, parameter.placements)
-        run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": state})   # settings: the flags'
+        saved = torch.load(run.checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True)
+        step, state = saved["step"], {"state": saved["optimizer"]}
+        run.optimizer.load_state_dict(run.optimizer.state_dict() | state)       # settings: the flags'
         print(f"resumed from {run.checkpoint}", flush=True)
     if RANK == 0:
         open_output_dir(args, step if run.checkpoint else -1)
@@ -1511,30 +1425,53 @@ def start_training(run, last_step):
     return step + 1
 
 
-def microbatches(args, prompt_ids, response_ids, rows):
-    """This rank's share of the rows of a train batch: [(the rows of a microbatch, whether they count)].
-    Responses to one prompt stand together, so that it goes through the model once. Each pass all-gathers weights, so
-    all ranks make equally many: where there is nothing for one of them, it repeats a row that does not count."""
-    rows = sorted(rows, key=lambda i: (prompt_ids[i], -len(response_ids[i])))
-    starts, total, before = [], 0, None                         # the tokens, or rows, before each row
+def finish_step(run, step):
+    """Validates the weights after the update, logs, and saves where it is time to; stops on a signal."""
+    args, folder, is_last = run.args, Path(run.args.output_dir), step == run.last_step
+    if is_last or step % (args.validation_frequency or run.last_step) == 0:
+        evaluate(run, 1, step)
+        run.lap("evaluation")
+    metrics, stopping = run.step_metrics(), max(all_gather(run.signal))
+    saving = step and (is_last or stopping or step % (args.save_frequency or run.last_step) == 0)
+    if RANK == 0:
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        shown = [f"{name.removeprefix('train/')} {metrics[name]:.3g}" for name in SHOWN if name in metrics]
+        print(f"step {step:4d}/{run.last_step} |", " | ".join(shown), flush=True)
+        if args.wandb_project:
+            import wandb
+            wandb.log(metrics, step=step)
+        if saving:
+            report({args.output_dir: [folder]}, folder / "curves.png")
+            save_checkpoint(run, folder / ("final_model" if is_last else f"checkpoint-{step}"), step)
+            for path in checkpoints(folder)[args.keep_checkpoints or None:]:
+                shutil.rmtree(path.rename(folder / "partial"))      # half a folder is no checkpoint
+    if is_last:
+        accuracy, n = metrics["eval/accuracy"], len(run.val_problems)
+        print(f"done: accuracy {accuracy:.3f} on {n} unseen problems; {folder}/final_model, curves.png")
+    elif stopping:
+        print(f"stopped after step {step}; --resume goes on from there", flush=True)
+        leave_ranks(128 + stopping)
+        sys.exit(128 + stopping)
+    run.lap()
+
+
+def microbatches(args, pairs, rows):
+    """This rank's share of the rows of a train batch, a list of microbatches. Responses to one prompt stand
+    together, so that it goes through the model once."""
+    rows = sorted(rows, key=lambda i: (pairs[i][0], -len(pairs[i][1])))
+    starts, total, before = [], 0, None                 # the tokens, or rows, before each row
     for i in rows:
-        tokens = len(response_ids[i]) + (len(prompt_ids[i]) if prompt_ids[i] != before else 0)
+        prompt, response = pairs[i]
         starts.append(total)
+        tokens = len(response) + (len(prompt) if prompt != before else 0)
         total += 1 if args.gradient_accumulation_steps else tokens
-        before = prompt_ids[i]
+        before = prompt
     wanted = min(args.gradient_accumulation_steps, len(rows)) or total / args.tokens_per_microbatch
     parts = [[] for _ in range(math.ceil(wanted / WORLD_SIZE) * WORLD_SIZE)]
     for i, start in zip(rows, starts):
         parts[int(start / total * len(parts))].append(i)
-    return [(part or rows[:1], bool(part)) for part in parts[RANK::WORLD_SIZE] if part or WORLD_SIZE > 1]
-
-
-def forward(run, prompt_ids, response_ids, rows, counts, temperature):
-    """get_packed_log_probs of some rows; under an empty mask where they do not count."""
-    prompt_ids, response_ids = [prompt_ids[i] for i in rows], [response_ids[i] for i in rows]
-    with autocast(run.args):
-        log_probs, entropy, mask = get_packed_log_probs(run.model, prompt_ids, response_ids, temperature)
-    return log_probs, entropy, mask & counts
+    return [part for part in parts[RANK::WORLD_SIZE] if part]
 
 
 def optimizer_step(run, step, loss):
@@ -1542,13 +1479,13 @@ def optimizer_step(run, step, loss):
     decay = 1 - (step - 1) / run.last_step if run.args.lr_schedule == "linear" else 1
     group = run.optimizer.param_groups[0]
     group["lr"] = learning_rate = run.args.learning_rate * decay
-    if WORLD_SIZE > 1:
-        run.model.reshard()         # as in save_checkpoint
     for parameter in group["params"]:
         if parameter.grad is None:          # no row had anything to teach: AdamW's momentum moves on
             parameter.grad = torch.zeros_like(parameter)
-    norm = full_tensor(torch.nn.utils.clip_grad_norm_(group["params"], run.args.max_grad_norm)).item()
-    loss = statistics.fmean(all_gather(float(loss)))
+        if WORLD_SIZE > 1:                  # the sum over the ranks
+            torch.distributed.all_reduce(parameter.grad)
+    norm = torch.nn.utils.clip_grad_norm_(group["params"], run.args.max_grad_norm).item()
+    loss = sum(all_gather(float(loss)))
     run.skipped = 0 if math.isfinite(norm + loss) else run.skipped + 1
     if not run.skipped:
         run.optimizer.step()
@@ -1557,27 +1494,28 @@ def optimizer_step(run, step, loss):
     run.optimizer.zero_grad()
     run.log("train/learning_rate", learning_rate)
     run.log("train/skipped_updates", run.skipped > 0)
-    check(run.skipped < 5, f"the gradient of 5 updates in a row was not finite, lower --learning_rate: {norm=} {loss=}")
+    check(run.skipped < 5, f"the gradient of 5 updates in a row was not finite ({norm=}, {loss=}): "
+          "lower --learning_rate")
 
 
 # ---- 11. Supervised fine-tuning ------------------------------------------------------
 
-def sft_update(run, examples, step):
-    """One optimizer update on (prompt_ids, response_ids) pairs; the loss is in nats per token."""
-    prompt_ids, response_ids = zip(*examples)
-    mean_length = sum(map(len, response_ids)) / len(examples)
+def sft_update(run, pairs, step):
+    """One optimizer update on pairs (prompt ids, response ids); the loss is in nats per token."""
+    mean_length = statistics.fmean(len(response) for _, response in pairs)
     total_loss = 0.0
-    for rows, counts in microbatches(run.args, prompt_ids, response_ids, range(len(examples))):
-        log_probs, entropy, mask = forward(run, prompt_ids, response_ids, rows, counts, 1.0)
-        loss_divisor = len(examples) / len(rows) / WORLD_SIZE   # FSDP averages gradients over the ranks
-        loss, _ = sft_microbatch_train_step(log_probs, mask, loss_divisor, normalize_constant=mean_length)
+    for rows in microbatches(run.args, pairs, range(len(pairs))):
+        micro = [pairs[i] for i in rows]
+        log_probs, entropy, mask = get_packed_log_probs(run.model, micro, dtype=run.args.dtype)
+        loss_divisor = len(pairs) / len(micro)
+        loss, _ = sft_microbatch_train_step(log_probs, mask, loss_divisor, mean_length)
         total_loss += loss
         run.log("train/entropy", entropy, mask)
     optimizer_step(run, step, total_loss)
 
 
 def load_examples(run):
-    """(prompt_ids, response_ids) of the traces to train on. An end-of-sequence teaches the model to stop."""
+    """Pairs (prompt ids, response ids) to train on. An end-of-sequence teaches the model to stop."""
     args, eos = run.args, run.tokenizer.eos_token_id
     traces = load_traces(args.sft_data, args.prompt, run.reward_fn)
     check(args.n_sft_examples <= len(traces), f"--n_sft_examples is above the {len(traces)} of {args.sft_data}")
@@ -1585,10 +1523,10 @@ def load_examples(run):
         traces = random.Random(seed_for(args.seed, 0, "traces")).sample(traces, args.n_sft_examples)
     prompts = run.tokenizer([trace["prompt"] for trace in traces])["input_ids"]
     responses = run.tokenizer([trace["response"] for trace in traces], add_special_tokens=False)["input_ids"]
-    examples = [(p, r + [eos]) for p, r in zip(prompts, responses) if len(p) + len(r) < args.max_length]
-    print(f"{len(examples)} of {len(traces)} traces are within --max_length {args.max_length}")
-    check(examples, f"{args.sft_data}: every trace is longer than --max_length {args.max_length}")
-    return examples
+    pairs = [(p, r + [eos]) for p, r in zip(prompts, responses) if len(p) + len(r) < args.max_length]
+    print(f"{len(pairs)} of {len(traces)} traces are within --max_length {args.max_length}")
+    check(pairs, f"{args.sft_data}: every trace is longer than --max_length {args.max_length}")
+    return pairs
 
 
 def train_sft(args):
@@ -1641,35 +1579,37 @@ def train_expert_iteration(args):
 
 # ---- 13. GRPO: sample a group per question, compare within it, policy gradient ------
 
-def compute_old_log_probs(run, prompt_ids, response_ids):
+@torch.no_grad()
+def compute_old_log_probs(run, pairs):
     """log π of the sampled tokens under the policy as it is now, (N, T)."""
-    old_log_probs = torch.zeros(len(response_ids), max(map(len, response_ids)), device=run.args.device)
-    with torch.no_grad():
-        for rows, counts in microbatches(run.args, prompt_ids, response_ids, range(len(response_ids))):
-            log_probs, _, mask = forward(run, prompt_ids, response_ids, rows, counts, run.args.sampling_temperature)
-            # += since a row that does not count adds 0 to what is there
-            old_log_probs[rows, :mask.shape[1]] += torch.where(mask, log_probs, 0)
+    longest = max(len(response) for _, response in pairs)
+    old_log_probs = torch.zeros(len(pairs), longest, device=run.args.device)
+    for rows in microbatches(run.args, pairs, range(len(pairs))):
+        micro = [pairs[i] for i in rows]
+        log_probs, _, mask = get_packed_log_probs(run.model, micro, run.args.sampling_temperature, run.args.dtype)
+        old_log_probs[rows, :mask.shape[1]] = log_probs
     return sum(all_gather(old_log_probs.cpu())).to(run.args.device)
 
 
 def grpo_update(run, batch, rows, step):
     """One optimizer update on some rows of the rollout batch."""
-    args, prompt_ids, response_ids = run.args, batch["prompt_ids"], batch["response_ids"]
-    # A row of weight 0 has gradient 0 and need not go through the model. The divisor counts it. A loss with another
-    # term, such as a KL penalty, needs all rows.
+    args, pairs = run.args, batch["pairs"]
+    # A row of weight 0 has gradient 0 and need not go through the model. The divisor counts it. A loss with
+    # another term, such as a KL penalty, needs all rows.
     weights = batch["raw_rewards" if args.loss_type == "no_baseline" else "advantages"].flatten().tolist()
     useful = [i for i in rows if weights[i] != 0]
     constant = args.sampling_max_tokens if args.loss_aggregation == "masked_normalize" else None
     total_loss = 0.0
-    for micro, counts in microbatches(args, prompt_ids, response_ids, useful):
-        log_probs, entropy, mask = forward(run, prompt_ids, response_ids, micro, counts, args.sampling_temperature)
+    for micro in microbatches(args, pairs, useful):
+        log_probs, entropy, mask = get_packed_log_probs(
+            run.model, [pairs[i] for i in micro], args.sampling_temperature, args.dtype)
         old_log_probs, token_weights = log_probs.detach(), None     # π_old is π on-policy
         if batch["old_log_probs"] is not None:
             old_log_probs = batch["old_log_probs"][micro, :mask.shape[1]]
         if args.tis_cap:
             sampler_log_probs = batch["sampler_log_probs"][micro, :mask.shape[1]]
             token_weights = importance_weights(old_log_probs, sampler_log_probs, args.tis_cap)
-        loss_divisor = len(rows) / len(micro) / WORLD_SIZE   # FSDP averages gradients over the ranks
+        loss_divisor = len(rows) / len(micro)
         loss, metadata = grpo_microbatch_train_step(
             log_probs, mask, loss_divisor, args.loss_type, batch["raw_rewards"][micro], batch["advantages"][micro],
             old_log_probs, args.cliprange, constant, token_weights)
@@ -1693,21 +1633,20 @@ def train_grpo(args):
         run.lap("sampling")
         # 2. Grade them and compare each with its group.
         texts, truths = [r.text for r in rollouts], [problem["answer"] for problem in repeated]
+        by_std = args.use_std_normalization and args.group_size > 1
         advantages, raw_rewards, grades = compute_group_normalized_rewards(
-            run.reward_fn, texts, truths, args.group_size, args.advantage_eps,
-            args.use_std_normalization and args.group_size > 1)
+            run.reward_fn, texts, truths, args.group_size, args.advantage_eps, by_std)
         run.lap("grading")
         log_generations(run, "train", step, rollouts, repeated, grades["rewards"], grades["grading_failures"])
         run.log("train/equal_groups", grades["equal_groups"])
         # 3. A row for each response: token ids, weights (N, 1), log-probs (N, T).
-        batch = {"prompt_ids": [r.prompt_ids for r in rollouts],
-                 "response_ids": [r.response_ids for r in rollouts],
+        batch = {"pairs": [(r.prompt_ids, r.response_ids) for r in rollouts], "old_log_probs": None,
                  "raw_rewards": raw_rewards[:, None].to(args.device),
                  "advantages": advantages[:, None].to(args.device),
-                 "sampler_log_probs": pad_log_probs(rollouts).to(args.device), "old_log_probs": None}
+                 "sampler_log_probs": pad_log_probs(rollouts).to(args.device)}
         off_policy = args.epochs_per_rollout_batch > 1 or args.train_batch_size < args.rollout_batch_size
         if off_policy and (args.loss_type.startswith("grpo") or args.tis_cap):      # a ratio to π_old is used
-            batch["old_log_probs"] = compute_old_log_probs(run, batch["prompt_ids"], batch["response_ids"])
+            batch["old_log_probs"] = compute_old_log_probs(run, batch["pairs"])
         # 4. Update the policy: once on-policy, or once for each train batch in each epoch.
         for epoch in range(args.epochs_per_rollout_batch):
             order = list(range(len(rollouts)))
@@ -1743,7 +1682,8 @@ def compare(args, argv):
     """Runs each variant with each seed as a process of its own, which resumes what is there."""
     folder = Path(args.output_dir or "compare_output")
     flag, _, values = args.compare.partition("=")
-    check(values and args.seeds > 0 and WORLD_SIZE == 1, "--compare wants FLAG=A,B,…, --seeds above 0 and no torchrun")
+    ready = values and args.seeds > 0 and WORLD_SIZE == 1
+    check(ready, "--compare wants FLAG=A,B,…, --seeds above 0 and no torchrun")
     runs, commands = {}, []
     for value in values.split(","):             # all of them are checked before the first one runs
         label = f"{flag}={value}"
@@ -1763,7 +1703,7 @@ def compare(args, argv):
         signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         if child.wait() != 0:
             sys.exit(child.returncode)
-    table = report(runs, folder / "compare.png", "seconds" if flag == "algo" else "step", args.target)
+    table = report(runs, folder / "compare.png", "seconds" if flag == "algo" else "step")
     replace_text(folder / "compare.md", f"`python align.py {' '.join(argv)}`\n\n{table}\n")
     print(f"{table}\n{folder}/compare.png, compare.md")
 

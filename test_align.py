@@ -37,8 +37,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 os.environ.setdefault("HF_HUB_OFFLINE", "1")    # before transformers reads it
 
 import datasets
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
-from transformers import Qwen2Config
+from transformers import (AutoModelForCausalLM, AutoTokenizer, CohereConfig, Gemma2Config, Lfm2Config, LlamaConfig,
+                          PreTrainedTokenizerFast, Qwen2Config)
 
 import align
 import prepare_data
@@ -97,9 +97,9 @@ def make_run(model, tokenizer, algo="grpo", **settings):
     return run
 
 
-def plain_log_probs(model, prompt_ids, response_ids, temperature=1.0):
+def plain_log_probs(model, pairs, temperature=1.0):
     """What get_packed_log_probs returns, by the definition: whole sequences in one padded batch."""
-    batch = align.batch_token_ids(prompt_ids, response_ids, 0)
+    batch = align.batch_token_ids(*zip(*pairs), 0)
     whole = align.get_response_log_probs(model, batch["input_ids"], batch["labels"], True, temperature)
     lengths = batch["response_mask"].sum(dim=1, keepdim=True)
     mask = torch.arange(int(lengths.max())) < lengths
@@ -171,7 +171,7 @@ def test_a_wrong_flag_is_one_clear_sentence(argv, complaint):
     (b"", "holds no records"),
     (b'{"problem": "1?", "answer": "2"}\n{"problem": ', "line 2: not valid JSON"),
     (b'{"problem": "1+1?"}\n', "line 1: needs non-empty strings under 'problem' and 'answer'"),
-    (b'{"problem": "1?", "answer": "2"}\n{"problem": "1?", "answer": " "}', "has 1 usable problems"),
+    (b'{"problem": "1?", "answer": "2"}\n{"problem": "1?", "answer": " "}', "1 usable problems, a step needs"),
     (b'{"problem": "' + b"1 " * 60 + b'", "answer": "60"}\n', "line 1: a prompt of 63 tokens"),
     (b"\xff\xfe{}", "line 1: not valid JSON"),
 ])
@@ -307,8 +307,8 @@ def test_prompt_and_output_are_tokenised_apart_and_masks_come_from_lengths(base)
 
 
 # A prompt of one token, prompts that come again later or begin like another one, equal responses.
-PROMPTS = [[3], [1, 2, 4, 5], [3], [1, 2], [1, 2, 4, 5], [3, 3]]
-RESPONSES = [[4, 5, 6], [9], [4, 5, 7, 8, 9, 1, 2, 0], [4, 5, 6], [9, 9], [0]]
+PAIRS = [([3], [4, 5, 6]), ([1, 2, 4, 5], [9]), ([3], [4, 5, 7, 8, 9, 1, 2, 0]),
+         ([1, 2], [4, 5, 6]), ([1, 2, 4, 5], [9, 9]), ([3, 3], [0])]
 WEIGHTS = torch.tensor([[0.5], [0.7], [-1.0], [0.0], [0.0], [2.0]])
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2}
 LOSS_TYPES = ("no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip")
@@ -319,10 +319,10 @@ QWEN = GROUPED | {"family": Qwen2Config, "tie_word_embeddings": True}
 @pytest.mark.parametrize("shape", [{}, {"num_key_value_heads": 1}, QWEN])
 def test_packed_log_probs_are_the_plain_ones(chunk, temperature, shape, monkeypatch):
     monkeypatch.setitem(align.MAX_LOGITS, "cpu", chunk)
-    prompts, responses, results = [[7], *PROMPTS], [[], *RESPONSES], []
+    results = []
     for function, attention in ((align.get_packed_log_probs, "packed"), (plain_log_probs, "eager")):
         model = random_model(11, attention=attention, **shape)
-        log_probs, entropy, mask = function(model, prompts, responses, temperature)
+        log_probs, entropy, mask = function(model, [([7], []), *PAIRS], temperature)
         log_probs.square().sum().backward()
         results.append((log_probs, entropy, mask.float(), gradients(model)))
     for one, other in zip(*results):
@@ -391,9 +391,9 @@ def test_the_average_estimator_is_the_gradient_of_the_expected_reward():
     With the loss summed over a response, each estimator's expectation over all groups of two is the exact
     gradient of J = Σ π(y) r(y), but for the factor (G − 1) / G of a baseline that contains the response."""
     model = random_model(4, num_hidden_layers=1)
-    responses = [[0]] + [[a, b] for a in (1, 2, 3) for b in range(4)]    # 0 ends a response
+    pairs = [([1, 2], [0])] + [([1, 2], [a, b]) for a in (1, 2, 3) for b in range(4)]    # 0 ends one
     rewards = [0.3, 1.0, 0.0, 0.5, 0.0, 1.0, 1.0, 0.2, 0.0, 0.7, 0.0, 0.1, 0.9]
-    log_probs, _, mask = plain_log_probs(model, [[1, 2]] * 13, responses)
+    log_probs, _, mask = plain_log_probs(model, pairs)
     probability = align.masked_normalize(log_probs, mask, 1.0, dim=1).exp()
     assert probability.sum().item() == pytest.approx(1, abs=1e-5)
     (-probability @ torch.tensor(rewards)).backward()    # a loss is minus the objective
@@ -402,7 +402,7 @@ def test_the_average_estimator_is_the_gradient_of_the_expected_reward():
         p = (probability[i] * probability[j]).item()
         advantages, raw_rewards, _ = advantages_of([rewards[i], rewards[j]], 2, 0.0, False)
         for loss_type in LOSS_TYPES:
-            log_probs, _, mask = plain_log_probs(model, [[1, 2]] * 2, [responses[i], responses[j]])
+            log_probs, _, mask = plain_log_probs(model, [pairs[i], pairs[j]])
             align.grpo_microbatch_train_step(
                 log_probs, mask, 1, loss_type, raw_rewards[:, None], advantages[:, None],
                 log_probs.detach(), 0.2, normalize_constant=1.0)
@@ -422,15 +422,15 @@ def test_padding_order_and_microbatch_size_never_change_a_grpo_update(settings):
     run = make_run(random_model(11, **GROUPED), None, sampling_temperature=0.7, train_batch_size=6, **settings)
     args, before = run.args, weights_of(run.model)
     reference = random_model(11, attention="eager", **GROUPED)
-    log_probs, _, mask = plain_log_probs(reference, PROMPTS, RESPONSES, 0.7)
-    old_log_probs = align.compute_old_log_probs(run, PROMPTS, RESPONSES)
+    log_probs, _, mask = plain_log_probs(reference, PAIRS, 0.7)
+    old_log_probs = align.compute_old_log_probs(run, PAIRS)
     assert torch.allclose(old_log_probs, log_probs, atol=1e-5)
     others = old_log_probs + 0.3 * torch.sin(20 * old_log_probs)    # those of another policy
     constant = args.sampling_max_tokens if args.loss_aggregation == "masked_normalize" else None
     tis = align.importance_weights(old_log_probs, others, args.tis_cap) if args.tis_cap else None
     loss, metadata = align.grpo_microbatch_train_step(
         log_probs, mask, 1, args.loss_type, WEIGHTS, WEIGHTS, others, 0.2, constant, tis)
-    batch = {"prompt_ids": PROMPTS, "response_ids": RESPONSES, "sampler_log_probs": others,
+    batch = {"pairs": PAIRS, "sampler_log_probs": others,
              "old_log_probs": others if args.loss_type.startswith("grpo") else None,
              "raw_rewards": WEIGHTS, "advantages": WEIGHTS}
     align.grpo_update(run, batch, [3, 0, 5, 1, 4, 2], step=1)
@@ -449,10 +449,10 @@ def test_padding_order_and_microbatch_size_never_change_a_grpo_update(settings):
 def test_padding_order_and_microbatch_size_never_change_an_sft_update(tokens):
     run = make_run(random_model(11), None, "sft", tokens_per_microbatch=tokens)
     reference, before = random_model(11, attention="eager"), weights_of(run.model)
-    log_probs, _, mask = plain_log_probs(reference, PROMPTS, RESPONSES)
+    log_probs, _, mask = plain_log_probs(reference, PAIRS)
     loss = -log_probs[mask].mean()    # over all response tokens
     loss.backward()
-    align.sft_update(run, list(zip(PROMPTS, RESPONSES))[::-1], step=1)
+    align.sft_update(run, PAIRS[::-1], step=1)
     assert close(before - weights_of(run.model), gradients(reference))
     assert run.step_metrics()["train/loss"] == pytest.approx(loss.item(), abs=1e-5)
 
@@ -486,8 +486,8 @@ def prompts_of(tokenizer, count=9):
 
 
 def assert_log_probs_are_the_models(model, rollouts, temperature=1.0):
-    prompt_ids = [rollout.prompt_ids for rollout in rollouts]
-    log_probs, _, _ = plain_log_probs(model, prompt_ids, ids_of(rollouts), temperature)
+    pairs = [(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts]
+    log_probs, _, _ = plain_log_probs(model, pairs, temperature)
     assert torch.allclose(align.pad_log_probs(rollouts), log_probs, atol=1e-3)
 
 
@@ -887,25 +887,21 @@ def make_updates(argv):
     align.join_ranks()
     rng, results = random.Random(0), []
     prompts = [[rng.randrange(1, 23) for _ in range(length)] for length in (2, 5, 3, 8, 4)]
-    prompt_ids = [prompts[min(i // 3, 4)] for i in range(16)]    # the last one has four responses
-    response_ids = [[rng.randrange(1, 23) for _ in range(rng.randint(1, 9))] for _ in range(16)]
+    pairs = [(prompts[min(i // 3, 4)], [rng.randrange(1, 23) for _ in range(rng.randint(1, 9))])
+             for i in range(16)]    # the last prompt has four responses
     weights = torch.tensor([0.5, 0, -1, 2] * 4)[:, None]
     weights[3:9] = 0
     order = rng.sample(range(16), 16)
     for way in WAYS:
         model = random_model(vocab_size=23, num_key_value_heads=1)
-        if align.WORLD_SIZE > 1:
-            align.shard(model, "float32")
         run = make_run(model, None, learning_rate=0.1, **way)
-        batch = {"prompt_ids": prompt_ids, "response_ids": response_ids, "advantages": weights,
-                 "raw_rewards": weights, "old_log_probs": None}
+        batch = {"pairs": pairs, "advantages": weights, "raw_rewards": weights, "old_log_probs": None}
         if "loss_type" in way:
-            batch["old_log_probs"] = align.compute_old_log_probs(run, prompt_ids, response_ids)
+            batch["old_log_probs"] = align.compute_old_log_probs(run, pairs)
         for rows in (order[:8], order[8:], [0, 2], [3]):    # then one prompt, nothing to learn
             align.grpo_update(run, batch, rows, 1)
-        align.sft_update(run, list(zip(prompt_ids, response_ids)), 1)
-        whole = [align.full_tensor(parameter.detach()) for parameter in model.parameters()]
-        results.append((torch.cat([tensor.flatten() for tensor in whole]), run.step_metrics()))
+        align.sft_update(run, pairs, 1)
+        results.append((weights_of(model), run.step_metrics()))
     if align.RANK == 0:
         torch.save(results, argv[0])
     align.leave_ranks()
@@ -1126,12 +1122,16 @@ def test_runs_with_bad_input_end_in_one_sentence(flags, complaint, run_align, re
     assert complaint in error and error.count("\n") == 1 and names_in(tmp_path) == []
 
 
-def test_a_model_with_a_sliding_window_is_refused(run_align, base, refused, tmp_path):
-    random_model(len(base[1]), family=Qwen2Config, max_window_layers=0, use_sliding_window=True,
-                 sliding_window=8).save_pretrained(tmp_path)
+@pytest.mark.parametrize("model, complaint", [
+    ({"family": Qwen2Config, "max_window_layers": 0, "use_sliding_window": True, "sliding_window": 8},
+     "attention with ['sliding_window']"),
+    ({"family": Gemma2Config, "layer_types": ["full_attention"] * 2}, "attention with ['softcap']"),
+    ({"family": Lfm2Config, "layer_types": ["conv", "full_attention"]}, "computes wrongly"),
+    ({"family": CohereConfig}, "computes wrongly")])    # it scales its logits
+def test_models_that_the_packed_pass_computes_wrongly_are_refused(run_align, base, refused, tmp_path, model, complaint):
+    random_model(len(base[1]), **model).save_pretrained(tmp_path)
     base[1].save_pretrained(tmp_path)
-    error = refused(run_align, "--algo", "eval", "--preset", "tiny", "--model", tmp_path)
-    assert "has layers of {'sliding_attention'}" in error
+    assert complaint in refused(run_align, "--algo", "eval", "--preset", "tiny", "--model", tmp_path)
 
 
 # ---- prepare_data.py -----------------------------------------------------------------

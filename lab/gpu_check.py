@@ -66,18 +66,18 @@ def choose_attention(kernel):
 
 
 def made_up_rows(longest):
-    """Prompts, some of one token, with three responses of 1 to `longest` tokens each, as lists of ids."""
+    """Pairs of lists of ids: prompts, some of one token, and three responses of 1 to `longest` tokens to each."""
     rng = random.Random(0)
     prompts = [[rng.randrange(1000) for _ in range(length)] for length in (1, longest // 5, 1, 7)]
     lengths = [1, longest] + [rng.randint(1, longest) for _ in range(10)]
-    return [prompts[i // 3] for i in range(12)], [[rng.randrange(1000) for _ in range(n)] for n in lengths]
+    return [(prompts[i // 3], [rng.randrange(1000) for _ in range(n)]) for i, n in enumerate(lengths)]
 
 
 def attention(kernel, dtype):
     """packed_attention and its gradients against softmax(q kᵀ / √D) v, written out."""
     choose_attention(kernel)
     longest, heads, width = (1024, 12, 128) if CUDA else (120, 6, 32)
-    packed, _ = align.pack(*made_up_rows(longest), DEVICE)
+    packed, _ = align.pack(made_up_rows(longest), DEVICE)
     rows, places, n = packed["rows"], packed["places"], packed["input_ids"].shape[1]
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, h, n, width, device=DEVICE).to(getattr(torch, dtype)).requires_grad_()
@@ -133,23 +133,26 @@ def random_llama(vocab):
 def packed_update(kernel, dtype):
     """get_packed_log_probs and its gradient against get_response_log_probs with eager attention in float32."""
     choose_attention(kernel)
-    model, (prompts, responses) = random_llama(1000), made_up_rows(600 if CUDA else 60)
-    batch = {name: t.to(DEVICE) for name, t in align.batch_token_ids(prompts, responses, 0).items()}
+    model, pairs = random_llama(1000), made_up_rows(600 if CUDA else 60)
+    batch = {name: t.to(DEVICE) for name, t in align.batch_token_ids(*zip(*pairs), 0).items()}
 
     def update(function, dtype):
         model.zero_grad()
-        with align.autocast(argparse.Namespace(device=DEVICE, dtype=dtype)):
-            found, mask = function()
+        found, mask = function(dtype)
         found[mask].sum().backward()
         return found[mask].detach(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
-    def plain():
-        whole = align.get_response_log_probs(model, batch["input_ids"], batch["labels"])
+    def plain(dtype):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16"):
+            whole = align.get_response_log_probs(model, batch["input_ids"], batch["labels"])
         return whole["log_probs"], batch["response_mask"]
+
+    def packed(dtype):
+        return align.get_packed_log_probs(model, pairs, dtype=dtype)[::2]
 
     exact, rounded = update(plain, "float32"), update(plain, dtype)
     model.set_attn_implementation("packed")
-    error = error_of(update(lambda: align.get_packed_log_probs(model, prompts, responses)[::2], dtype), exact)
+    error = error_of(update(packed, dtype), exact)
     limit, why = (2 * error_of(rounded, exact), ", twice whole rows'") if dtype == "bfloat16" else (1e-3, "")
     return f"error {error:.1e} of log-probs and gradient; 12 rows{SMALLER}", f"{limit:.1e}{why}", error <= limit
 
@@ -295,8 +298,7 @@ def step_run():
 
     prompts = [ids(prompt // 2, 3 * prompt // 2) for _ in range(n // 8)]
     signs = torch.tensor([[(-1.0)**i] for i in range(n)], device=DEVICE)    # every response teaches something
-    return run, {"prompt_ids": [prompts[i // 8] for i in range(n)],
-                 "response_ids": [ids(longest * 176 // 1024, longest) for _ in range(n)],
+    return run, {"pairs": [(prompts[i // 8], ids(longest * 176 // 1024, longest)) for i in range(n)],
                  "raw_rewards": signs, "advantages": signs, "sampler_log_probs": None, "old_log_probs": None}
 
 
@@ -305,7 +307,7 @@ def training_step(after_vllm=False):
     run, batch = step_run()
     if after_vllm and not isinstance(run.sampler, align.VLLMSampler):
         raise LeftOut("no vLLM beside it")
-    rows, times, flash_calls = range(len(batch["response_ids"])), [], []
+    rows, times, flash_calls = range(len(batch["pairs"])), [], []
     optimizer_step, flash_attn_func = align.optimizer_step, align.flash_attn_func
 
     def timed_optimizer_step(*arguments):
@@ -324,7 +326,7 @@ def training_step(after_vllm=False):
         for step in (1, 2):
             times[:] = [now()]
             align.grpo_update(run, batch, list(rows), step)
-    n = len(align.microbatches(run.args, batch["prompt_ids"], batch["response_ids"], rows))
+    n = len(align.microbatches(run.args, batch["pairs"], rows))
     result = f"{n} microbatches of {(times[1] - times[0]) / n:.3f} s, optimizer {times[2] - times[1]:.3f} s"
     right = run.step_metrics()["train/skipped_updates"] == 0
     if not CUDA:
@@ -352,7 +354,7 @@ def step_sampling():
     times = [now()]
     run.sampler.load_weights(run.model)
     times.append(now())
-    problems = [{"prompt_ids": ids} for ids in batch["prompt_ids"][::8]]
+    problems = [{"prompt_ids": prompt} for prompt, _ in batch["pairs"][::8]]
     rollouts, _ = align.sample(run, problems, 8, 0, "train", 1.0)
     times.append(now())
     tokens, gap = sum(len(rollout.response_ids) for rollout in rollouts), run.step_metrics()["train/sampler_gap"]

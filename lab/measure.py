@@ -341,8 +341,8 @@ def follow(response):
 
 def notes_of(patch):
     """The comments above a patch. Of a mistake: Mistake, Symptom, and where they matter Flags of the run and the Error
-    it ends in. Of a variant: Variant, Source, Seen, and where they matter Flags, the package that it Needs and the
-    script that makes the Data of its own task."""
+    it ends in. Of a variant: Variant, Source, Seen, and where they matter Flags, the package that it Needs, the
+    script that makes the Data of its own task, and the Ranks that it is for."""
     return dict(re.findall(r"^# (\w+): (.*)$", patch.read_text(), re.MULTILINE))
 
 
@@ -388,7 +388,12 @@ def variants():
     rows = [["align.py as it is", "", "", mean_percent(variant_runs(ROOT / "align.py", "")), "", ""]]
     for patch in sorted(LAB.glob("variants/*.patch")):
         notes = notes_of(patch)
+        row = [f"[`{patch.stem}`](variants/{patch.name})", f"{notes['Variant']}. {notes['Source']}",
+               changed_lines(patch)]
         flags, needed = notes.get("Flags", ""), notes.get("Needs", "torch")
+        if "Ranks" in notes:            # table `ranks`
+            rows.append([*row, "", "", notes["Seen"]])
+            continue
         if not installed(needed.partition("==")[0]):
             return leave_out("variants", f"pip install {needed}")
         script, unpatched = patched_copy(patch, folder_of("variants", patch.stem)), ""
@@ -401,8 +406,7 @@ def variants():
             import align
             align.report({patch.stem: runs}, LAB / f"{patch.stem}.png")
             unpatched = f"another task: {mean_percent(runs, when=0)} at step 0, [curves]({patch.stem}.png)"
-        rows.append([f"[`{patch.stem}`](variants/{patch.name})", f"{notes['Variant']}. {notes['Source']}",
-                     changed_lines(patch), mean_percent(runs), unpatched, notes.get("Seen", "")])
+        rows.append([*row, mean_percent(runs), unpatched, notes.get("Seen", "")])
     return rows
 
 

@@ -209,10 +209,9 @@ def update_seconds(model, prompts, responses, at_a_time):
     """Seconds of forward and backward over lists of token ids, with 8 responses to each prompt."""
     import align
     started = time.perf_counter()
-    repeated = [prompt for prompt in prompts for _ in range(8)]
-    for first in range(0, len(repeated), at_a_time):
-        rows = slice(first, first + at_a_time)
-        log_probs, _, _ = align.get_packed_log_probs(model, repeated[rows], responses[rows])
+    pairs = list(zip([prompt for prompt in prompts for _ in range(8)], responses))
+    for first in range(0, len(pairs), at_a_time):
+        log_probs, _, _ = align.get_packed_log_probs(model, pairs[first:first + at_a_time])
         log_probs.mean().backward()
     model.zero_grad()
     return time.perf_counter() - started
@@ -351,11 +350,11 @@ def log_probs_once(vocabulary, how):
         vocab_size=vocabulary, hidden_size=576, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=9,
         num_key_value_heads=3, tie_word_embeddings=True, attn_implementation="packed"))
     ids = torch.randint(vocabulary, (8, 513))
-    prompts, responses = ids[:, :1].tolist(), ids[:, 1:].tolist()
+    pairs = list(zip(ids[:, :1].tolist(), ids[:, 1:].tolist()))
 
     def work():
         if how == "chunks":
-            log_probs, _, _ = align.get_packed_log_probs(model, prompts, responses)
+            log_probs, _, _ = align.get_packed_log_probs(model, pairs)
         else:
             log_probs = align.get_response_log_probs(model, ids[:, :-1], ids[:, 1:], True)["log_probs"]
         log_probs.mean().backward()
@@ -367,20 +366,23 @@ def log_probs_once(vocabulary, how):
 
 
 def memory_per_rank(options):
-    rows = []
+    from measure import patched_copy
+    rows, folder = [], tempfile.mkdtemp()
+    patched_copy(ROOT / "lab/variants/fsdp.patch", Path(folder))
     for n in (1, 2, 4):
         freeing = ["env", "OMP_NUM_THREADS=1", "MALLOC_MMAP_THRESHOLD_=65536"]     # freed memory goes back at once
-        size, training, sync = alone(rank_memory, start=[*freeing, *python_on(n)])
-        rows.append([f"a rank's memory, {n} in all, a model of {size:.0f} MB in float32",
+        size, training, sync = alone(rank_memory, folder, start=[*freeing, *python_on(n)])
+        rows.append([f"with `fsdp`, a rank's memory, {n} in all, a model of {size:.0f} MB in float32",
                      f"{training:,.0f} MB at most in training, {sync:.0f} MB more in a weight sync"])
     return rows
 
 
-def rank_memory():
+def rank_memory(folder):
     """One of the ranks: weights, gradients and AdamW's state, with a batch too small to matter."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    sys.path.insert(0, folder)      # the patched one
     import align
     align.join_ranks()
     torch.ones(8, 8) @ torch.ones(8, 8)
@@ -395,7 +397,7 @@ def rank_memory():
 
     def train():
         for _ in range(3):
-            log_probs, _, _ = align.get_packed_log_probs(model, [[1, 2, 3]], [[4, 5, 6, 7]])
+            log_probs, _, _ = align.get_packed_log_probs(model, [([1, 2, 3], [4, 5, 6, 7])])
             log_probs.mean().backward()
             optimizer.step()
             optimizer.zero_grad()

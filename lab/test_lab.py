@@ -7,7 +7,6 @@ Where a patch does not fit any more, make the change again by hand and write it 
     pytest lab/test_lab.py -k "not run"     # seconds
 """
 
-import argparse
 import functools
 import importlib.util
 import math
@@ -21,6 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 LAB = Path(__file__).resolve().parent
 ROOT = LAB.parent
@@ -30,7 +30,7 @@ import gpu_check  # noqa: E402
 import measure  # noqa: E402
 import speed  # noqa: E402
 from test_align import (  # noqa: E402
-    GROUPED, PROMPTS, RESPONSES, WEIGHTS, align, close, gradients, make_run, plain_log_probs, random_model)
+    GROUPED, PAIRS, WEIGHTS, align, close, gradients, make_run, plain_log_probs, random_model, weights_of)
 
 PATCHES = sorted(LAB.glob("mistakes/*.patch"))
 VARIANTS = sorted(LAB.glob("variants/*.patch"))
@@ -138,11 +138,11 @@ def run_patched(patch, folder, steps):
     return run_script(script, measure.notes_of(patch).get("Flags", ""), steps)
 
 
-def run_script(script, more_flags, steps):
+def run_script(script, more_flags, steps, ranks=1):
     """The same of a script, in its folder's out."""
     flags = f"--algo grpo --preset tiny --n_grpo_steps {steps} --rollout_batch_size 32 --train_batch_size 32 " \
             "--group_size 4 --validation_size 8 --validation_frequency 0 --save_frequency 0 --sampling_max_tokens 48"
-    command = measure.command_of(f"{flags} {more_flags}", script.parent / "out", script=script)
+    command = measure.command_of(f"{flags} {more_flags}", script.parent / "out", script=script, ranks=ranks)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -168,13 +168,34 @@ def test_a_mistake_can_be_made_and_runs_or_ends_in_its_error(patch, tmp_path):
 def test_a_variant_fits_and_runs_and_names_its_paper(patch, tmp_path):
     notes = measure.notes_of(patch)
     assert notes["Variant"] and notes["Source"]
-    if "Data" in notes or "Needs" in notes:
+    if {"Data", "Needs", "Ranks"} & set(notes):
         pytest.skip("has a test of its own below")
     done = run_patched(patch, tmp_path, steps=3)
     assert done.returncode == 0, done.stderr
     rewards = measure.values_of(tmp_path / "out", "train/reward")
     losses = measure.values_of(tmp_path / "out", "train/loss")
     assert len(rewards) == len(losses) == 3 and all(map(math.isfinite, rewards + losses))
+
+
+def test_fsdp_on_two_ranks_is_the_run_of_one_process_and_another_number_resumes_it(tmp_path):
+    script = measure.patched_copy(LAB / "variants/fsdp.patch", tmp_path / "sharded")
+    whole = tmp_path / "whole/align.py"
+    whole.parent.mkdir()
+    shutil.copy(ROOT / "align.py", whole)
+    flags = "--loss_type grpo_clip --train_batch_size 16 --save_frequency 1"
+    assert run_script(whole, flags, steps=3).returncode == 0
+    done = run_script(script, flags, steps=3, ranks=2)
+    assert done.returncode == 0, done.stderr
+    for later in ("final_model", "checkpoint-2"):
+        shutil.rmtree(tmp_path / "sharded/out" / later)
+    done = run_script(script, f"{flags} --resume", steps=3, ranks=3)
+    assert done.returncode == 0, done.stderr
+    folders = [tmp_path / "sharded/out/final_model", tmp_path / "whole/out/final_model"]
+    models = map(AutoModelForCausalLM.from_pretrained, [*folders, ROOT / "data/arithmetic/base_model"])
+    sharded, expected, before = map(weights_of, models)
+    assert (sharded - expected).norm() < 1e-4 * (expected - before).norm()
+    samples = [(tmp_path / name / "out/samples.jsonl").read_bytes() for name in ("sharded", "whole")]
+    assert samples[0] == samples[1]
 
 
 def test_the_four_patches_of_dapo_fit_together_and_run(tmp_path):
@@ -219,11 +240,12 @@ def grpo_update(align, monkeypatch, log_probs, advantages, flags="", old=None, e
     lengths = [len(row) for row in log_probs]
     policy, losses = pad(log_probs).requires_grad_(), []
     mask, entropies = pad([[True] * n for n in lengths]), torch.zeros_like(policy) if entropy is None else pad(entropy)
-    monkeypatch.setattr(align, "forward", lambda run, prompt_ids, response_ids, rows, counts, temperature: (
-        policy[rows], entropies[rows], mask[rows] & counts))
+    monkeypatch.setattr(align, "get_packed_log_probs", lambda model, pairs, temperature, dtype: [
+        values[[prompt[0] for prompt, _ in pairs]] for values in (policy, entropies, mask)])
     monkeypatch.setattr(align, "optimizer_step", lambda run, step, loss: losses.append(loss))
-    run = SimpleNamespace(args=align.parse_args(f"--algo grpo --preset tiny {flags}".split()), log=lambda *_: None)
-    batch = {"prompt_ids": [[i] for i in range(len(lengths))], "response_ids": [[7] * n for n in lengths],
+    args = align.parse_args(f"--algo grpo --preset tiny {flags}".split())
+    run = SimpleNamespace(args=args, model=None, log=lambda *_: None)
+    batch = {"pairs": [([i], [7] * n) for i, n in enumerate(lengths)],
              "advantages": torch.tensor(advantages)[:, None], "raw_rewards": torch.tensor(advantages)[:, None],
              "old_log_probs": None if old is None else pad(old)} | {key: pad(rows) for key, rows in more.items()}
     align.grpo_update(run, batch, list(range(len(lengths))), 1)
@@ -404,7 +426,7 @@ def test_entropy_bonus_is_the_entropys_gradient_on_average(variant):
     expected = [parameter.grad.clone() for parameter in model.parameters()]
     # The mean over the token that π samples: each of the 7, with its probability
     model.zero_grad()
-    log_probs, entropy, _ = align.get_packed_log_probs(model, [prompt] * 7, [[token] for token in range(7)])
+    log_probs, entropy, _ = align.get_packed_log_probs(model, [(prompt, [token]) for token in range(7)])
     probabilities = logits.detach().softmax(dim=-1)[:, None]
     (0.5 * probabilities * align.entropy_loss(log_probs, entropy)).sum().backward()
     assert max(grad.abs().max() for grad in expected) > 0.01
@@ -612,19 +634,19 @@ def flash_attention_by_hand(half_only):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("prompts, responses", [(PROMPTS, RESPONSES), ([[3]], [[4, 5, 6]]), ([[3]] * 9, [[4, 1]] * 9),
-                                                ([[1, 2, 4]] * 9, [[4 + i % 5] * (i + 1) for i in range(9)])])
-def test_the_update_through_flash_attention_is_the_one_of_eager_attention(dtype, prompts, responses, monkeypatch):
+@pytest.mark.parametrize("pairs", [PAIRS, [([3], [4, 5, 6])], [([3], [4, 1])] * 9,
+                                   [([1, 2, 4], [4 + i % 5] * (i + 1)) for i in range(9)]])
+def test_the_update_through_flash_attention_is_the_one_of_eager_attention(dtype, pairs, monkeypatch):
     flash_attention = flash_attention_by_hand(half_only=dtype == "bfloat16")
     monkeypatch.setattr(align, "flash_attn_func", flash_attention)
     dtypes, found = [], {}
     monkeypatch.setattr(align, "use_flash_attn", lambda tensor: dtypes.append(tensor.dtype) or True)
-    for kind, function, attention, precision in (
-            ("exact", plain_log_probs, "eager", "float32"), ("rounded", plain_log_probs, "eager", dtype),
-            ("packed", align.get_packed_log_probs, "packed", dtype)):
+    for kind, function, attention, autocast in (
+            ("exact", plain_log_probs, "eager", False), ("rounded", plain_log_probs, "eager", dtype == "bfloat16"),
+            ("packed", functools.partial(align.get_packed_log_probs, dtype=dtype), "packed", False)):
         model = random_model(11, attention=attention, **GROUPED)
-        with align.autocast(argparse.Namespace(device="cpu", dtype=precision)):
-            log_probs, _, mask = function(model, prompts, responses)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            log_probs, _, mask = function(model, pairs)
         log_probs[mask].square().sum().backward()
         found[kind] = log_probs.detach(), gradients(model)
     assert flash_attention.calls == 2 and dtypes == [getattr(torch, dtype)] * 2     # once in each layer
@@ -649,8 +671,8 @@ def test_an_update_waits_for_the_device_at_most_once_per_microbatch():
     waits = {}
     for n in (1, 6):
         run = make_run(random_model(11), None, loss_type="grpo_clip", gradient_accumulation_steps=n)
-        batch = {"prompt_ids": PROMPTS, "response_ids": RESPONSES, "raw_rewards": WEIGHTS, "advantages": WEIGHTS + 2}
-        batch["old_log_probs"] = align.compute_old_log_probs(run, PROMPTS, RESPONSES)
+        batch = {"pairs": PAIRS, "raw_rewards": WEIGHTS, "advantages": WEIGHTS + 2}
+        batch["old_log_probs"] = align.compute_old_log_probs(run, PAIRS)
         with CountWaits() as waits[n]:
             align.grpo_update(run, batch, [3, 0, 5, 1, 4, 2], step=1)
     assert 0 < waits[6].count <= waits[1].count + 5
