@@ -27,10 +27,10 @@ Where this departs from the papers, on purpose:
 
 import argparse
 import atexit
-import collections
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import functools
 import hashlib
 import importlib.util
@@ -39,6 +39,7 @@ import logging
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import shutil
@@ -98,7 +99,7 @@ def exit_cleanly(program):
             if not re.search("out of memory|can't allocate memory", message):
                 raise
             message = "out of memory; lower --tokens_per_microbatch or, sampling, --sampler_batch_size"
-        if RANK > 0:    # rank 0 speaks: if it failed, too, torchrun ends this rank while it waits
+        if RANK > 0:    # rank 0 speaks for all: if it fails, too, torchrun ends this rank while it waits
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(2)
         sys.stdout.flush()
@@ -129,7 +130,7 @@ def join_ranks():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
     if WORLD_SIZE > 1:
-        torch.distributed.init_process_group(backend)
+        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=2))      # rank 0 may be saving
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
 
@@ -211,6 +212,7 @@ SETTINGS = {
 def build_parser():
     """The parser of all flags. What is not given is None."""
     parser = argparse.ArgumentParser("align.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.register("type", bool, lambda text: ("false", "true").index(text.lower()) == 1)
     parser.error = lambda message: check(False, f"{message}; --help lists the flags")
     parser.add_argument("--algo", choices=["eval", "sft", "ei", "grpo"], help="which of the four to run")
     parser.add_argument("--plot", nargs="+", metavar="DIR", help="draw runs into compare.png")
@@ -223,8 +225,7 @@ def build_parser():
             options = {"type": type(value)}
             if isinstance(value, list):
                 options = {"choices": value}
-            elif isinstance(value, bool):       # ValueError: argparse reports it
-                options = {"type": lambda text: ("false", "true").index(text.lower()) == 1}
+            elif isinstance(value, bool):
                 options |= {"nargs": "?", "const": True}
             shown = " | math: ".join(str(value).strip("()[]") for value in values)
             group.add_argument(f"--{flag}", help=f"{help} ({shown})".replace("%", "%%"), **options)
@@ -469,9 +470,10 @@ def grade_responses(reward_fn, responses, truths):
             grading_pool.cache_clear()
         futures = [grading_pool().schedule(reward_fn, args=pair, timeout=DEADLINE) for pair in pairs]
         results = [repr(f.exception()) if f.exception() else f.result() for f in futures]
-        # An idle worker's death ends the pool.
+        # A worker that died while idle has ended the pool: grade again with a new one.
         return results if grading_pool().active else grade_share(pairs)
 
+    pickle.dumps(reward_fn)             # an error here says why it cannot go to a worker
     results = map_over_ranks(grade_share, list(zip(responses, truths, strict=True)))
     errors = [result for result in results if isinstance(result, str)]
     hopeless = len(errors) == len(results) >= 32
@@ -606,17 +608,17 @@ def use_flash_attn(query):
 
 def packed_attention(module, query, key, value, *_, scaling=None, rows=None, places=None, cache=None, **more):
     """What transformers calls in each layer: query, key, value (1, heads, M, D) -> (1, M, heads, D).
-    Without rows these are whole sequences, (B, heads, T, D), or a cache's newest tokens."""
-    other = [name for name in ("sliding_window", "softcap", "s_aux") if more.get(name) is not None]
+    Without rows these are whole sequences, (B, heads, T, D), or a PrefixCache's newest tokens."""
+    other = [name for name in ("softcap", "s_aux") if more.get(name) is not None]
     check(not other, f"--model has attention with {other}, which section 6 does not compute")
     query, key = query.to(value.dtype), key.to(value.dtype)     # autocast leaves rotated ones float32
     if rows is None and cache is not None:
-        return cache.attend(module.layer_idx, query, key, value, scaling=scaling), None
+        return cache.attend(module.layer_idx, query, key, value, scaling), None
     if rows is not None:        # -> (B, heads, longest, D)
         query, key, value = (tensor[0].transpose(0, 1).index_select(0, rows.flatten())
                              .unflatten(0, rows.shape).transpose(1, 2) for tensor in (query, key, value))
     if cache is not None:
-        cache.fill(module.layer_idx, key, value)
+        cache.prompts[module.layer_idx] = key, value
     if use_flash_attn(query):
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         output = flash_attn_func(query, key, value, softmax_scale=scaling, causal=True)
@@ -865,38 +867,51 @@ class Rollout:
     finish_reason: str      # "stop": ended by itself; "length": cut at max_tokens
 
 
-class KeyValueCache:
-    """Keys and values of B rows that grow by a token at a time: a prompt and its response."""
+class PrefixCache:
+    """Keys and values while P prompts get n equally long responses each; a prompt's stand here once."""
 
-    def __init__(self, n):
-        self.n, self.layers = n, {}         # layer: [keys, values], each (B, kv_heads, room, D)
+    def __init__(self, n, prompt_lengths):
+        self.n, self.t = n, 0           # t: the place of the responses' newest token
+        self.prompts = {}               # layer: keys and values, (P, kv_heads, longest, D)
+        self.responses = {}             # layer: the same, (2, P, kv_heads, n, room, D)
+        columns = torch.arange(int(prompt_lengths.max()), device=prompt_lengths.device)
+        self.padding = (columns >= prompt_lengths[:, None])[:, None, None, None]      # (P, 1, 1, 1, longest)
 
-    def fill(self, layer, *keys_and_values):
-        """Takes those of P prompts, (P, kv_heads, longest, D), for n rows each: B = P · n."""
-        self.layers[layer] = [tensor.repeat_interleave(self.n, dim=0) for tensor in keys_and_values]
+    def attend(self, layer, query, key, value, scaling):
+        """Attention of the responses' newest tokens: (1, heads, P·n, D) -> (1, P·n, heads, D)."""
+        prompt_keys, prompt_values = self.prompts[layer]
+        n_prompts, kv_heads, longest, width = prompt_keys.shape
+        # (P, kv_heads, n, heads that share a key head, D)
+        query, key, value = (tensor.view(kv_heads, -1, n_prompts, self.n, width).permute(2, 0, 3, 1, 4)
+                             for tensor in (query, key, value))
+        new = torch.stack([key, value])
+        if self.t % 64 == 0:            # make room for 64 more tokens
+            self.responses[layer] = F.pad(self.responses.get(layer, new[..., :0, :]), (0, 0, 0, 64))
+        self.responses[layer][..., self.t:self.t + 1, :] = new
+        keys, values = self.responses[layer][..., :self.t + 1, :]
+        # All responses to a prompt read its keys in one product; one softmax goes over both parts.
+        scores = (query.flatten(2, 3) @ prompt_keys.mT).unflatten(2, query.shape[2:4])
+        scores = torch.cat([scores.masked_fill_(self.padding, -math.inf), query @ keys.mT], dim=-1)
+        prompt_weights, weights = scores.mul_(scaling).softmax(dim=-1).tensor_split([longest], dim=-1)
+        output = (prompt_weights.flatten(2, 3) @ prompt_values).unflatten(2, query.shape[2:4])
+        return (output + weights @ values).permute(0, 2, 1, 3, 4).reshape(1, n_prompts * self.n, -1, width)
 
-    def advance(self, places):
-        """The next tokens stand at these places of their rows, (B,)."""
-        self.places, self.end = places, int(places.max()) + 1
-        self.unseen = torch.arange(self.end, device=places.device) > places[:, None]
-
-    def attend(self, layer, query, *keys_and_values, scaling):
-        """Attention of each row's newest token: (1, heads, B, D) -> (1, B, heads, D)."""
-        held, rows = self.layers[layer], torch.arange(len(self.places), device=query.device)
-        for i, new in enumerate(keys_and_values):
-            if held[i].shape[2] < self.end:
-                held[i] = F.pad(held[i], (0, 0, 0, 64))             # room for 64 more tokens
-            held[i][rows, :, self.places] = new[0].transpose(0, 1)
-        keys, values = (tensor[:, :, :self.end] for tensor in held)
-        # Query heads that share a key head are rows of one matrix product.
-        query = query[0].transpose(0, 1).unflatten(1, (keys.shape[1], -1))
-        scores = (query @ keys.mT).mul_(scaling).masked_fill_(self.unseen[:, None, None], -math.inf)
-        return (scores.softmax(dim=-1) @ values).flatten(1, 2)[None]
-
-    def keep(self, rows):
-        """Drops all other rows."""
-        for held in self.layers.values():
-            held[:] = [tensor[rows] for tensor in held]
+    def drop_finished(self, live):
+        """Drops finished responses once they are many, leaving each prompt as many as the one with
+        most live ones has. live (P·n,). Returns the rows that stay."""
+        live = live.view(-1, self.n)
+        prompts = live.any(dim=1).nonzero()[:, 0]                       # (P',)
+        most = int(live.sum(dim=1).max())
+        if not self.responses or len(prompts) * most > 0.75 * live.numel():
+            return torch.arange(live.numel(), device=live.device)
+        columns = live[prompts].sort(dim=1, descending=True, stable=True).indices[:, :most]
+        for layer in self.prompts:
+            self.prompts[layer] = [tensor[prompts] for tensor in self.prompts[layer]]
+            room = self.responses[layer].transpose(2, 3)[:, prompts[:, None], columns]
+            self.responses[layer] = room.transpose(2, 3)
+        kept = prompts[:, None] * self.n + columns                      # (P', n')
+        self.n, self.padding = most, self.padding[prompts]
+        return kept.flatten()
 
 
 class TorchSampler:
@@ -940,16 +955,16 @@ class TorchSampler:
         draws = [torch.rand(n, max_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
         draws = torch.cat(draws).to(device).clamp(max=1 - 1e-6)
         ids, log_probs = torch.zeros_like(draws, dtype=torch.long), torch.zeros_like(draws)
-        rows = torch.arange(len(draws), device=device)      # the responses that are still in the batch
-        lengths = torch.zeros_like(rows)                    # of all responses; 0: not ended
-        cache = KeyValueCache(n)
-        packed, last = pack([(prompt, [0]) for prompt in prompt_ids], device)       # the 0 is left out
+        rows = torch.arange(len(draws), device=device)      # the response in each row of the batch
+        lengths = torch.zeros_like(rows)                    # of the responses; 0: not ended
+        prompt_lengths = torch.tensor([len(prompt) for prompt in prompt_ids], device=device)
+        cache = PrefixCache(n, prompt_lengths)
+        packed, last = pack([(prompt, [0]) for prompt in prompt_ids], device)       # leaves the 0 out
         hidden = self.model.base_model(use_cache=False, cache=cache, **packed).last_hidden_state[0]
         hidden = hidden[last].repeat_interleave(n, dim=0)
-        places = torch.tensor([len(prompt) for prompt in prompt_ids], device=device).repeat_interleave(n)
         for t in range(max_tokens):
             logits = head_logits(hidden, self.model.get_output_embeddings().weight) / (temperature or 1.0)
-            normalizer = logits.logsumexp(dim=-1, keepdim=True)         # before the ban
+            normalizer = logits.logsumexp(dim=-1, keepdim=True)         # before EOS is banned
             if t < min_tokens:
                 logits[:, eos] = -math.inf
             if temperature == 0:
@@ -965,14 +980,13 @@ class TorchSampler:
             if stop and t + 1 >= min_tokens:
                 ends |= completes(ids[rows, max(0, t + 1 - len(stop)):t + 1], None)
             lengths[rows[ends & (lengths[rows] == 0)]] = t + 1
-            live = lengths[rows] == 0
-            if t + 1 == max_tokens or not live.any():
+            if t + 1 == max_tokens or lengths.all():
                 break
-            if live.sum() <= 0.75 * len(rows):      # finished ones leave once they are many
-                rows, token = rows[live], token[live]
-                cache.keep(live)
-            cache.advance(places[rows] + t)
-            hidden = self.model.base_model(token.T, position_ids=cache.places[None], use_cache=False,
+            kept = cache.drop_finished(lengths[rows] == 0)
+            rows, token = rows[kept], token[kept]
+            positions = prompt_lengths[rows // n] + t
+            cache.t = t
+            hidden = self.model.base_model(token.T, position_ids=positions[None], use_cache=False,
                                            cache=cache).last_hidden_state[0]
         rollouts = []
         for i, length in enumerate(lengths.tolist()):
@@ -1063,7 +1077,7 @@ def pad_log_probs(rollouts):
 # The most expensive silent bug of this field is a sampler with stale weights. So its weights are compared
 # with the trainer's, exactly, and its log-probs within (mean, max) nats.
 GAP_LIMITS = {"float32": (1e-3, 1e-2), "bfloat16": (0.15, math.inf)}
-FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}      # by vLLM
 
 
 def check_weights(model, served):
@@ -1072,11 +1086,11 @@ def check_weights(model, served):
     ours, compared = dict(model.named_parameters()), 0
     for name, own in served.items():
         layer = name.split(".")[-2]
-        names = [name.replace(layer, part) for part in FUSED.get(layer, [layer])]       # vLLM fuses some
+        names = [name] + [name.replace(layer, part) for part in FUSED.get(layer, [])]
         weights = [ours[name] for name in names if name in ours]
-        rows = sum(map(len, weights))       # vLLM pads the vocabulary, and on a CPU it repacks matrices
-        if rows and own[:rows].shape == (rows, *weights[0].shape[1:]):
-            same = torch.equal(own[:rows], torch.cat(weights).to(own.dtype))
+        height = sum(map(len, weights))     # vLLM pads the vocabulary,
+        if height and own[:height].shape == (height, *weights[0].shape[1:]):    # and on a CPU it repacks matrices
+            same = torch.equal(own[:height], torch.cat(weights).to(own.dtype))
             check(same, f"the sampler has stale or wrong weights: its {name} is not the trainer's")
             compared += 1
     if not compared:
@@ -1088,7 +1102,7 @@ def check_sampler(run, rollouts, temperature):
     pairs = [(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts]
     with torch.no_grad():
         ours, _, mask = get_packed_log_probs(run.model, pairs, temperature, run.args.dtype)
-    mask[:, :run.args.sampling_min_tokens] = False      # vLLM's are those after the ban of EOS
+    mask[:, :run.args.sampling_min_tokens] = False      # there vLLM's are of a distribution without EOS
     gaps = (ours - pad_log_probs(rollouts).to(ours.device))[mask].abs()
     mean, largest = (gaps.mean().item(), gaps.max().item()) if len(gaps) else (0.0, 0.0)
     # On a GPU vLLM multiplies even float32 in TF32.
@@ -1175,10 +1189,8 @@ def evaluate(run, n, step):
     for k in [2**i for i in range(9) if 2**i < n] + [n]:
         run.log(f"eval/pass@{k}", [pass_at_k(n, int(c), k) for c in right.sum(dim=1)])
     wrong = [i for i, reward in enumerate(rewards) if reward["reward"] == 0]
-    pairs = [texts[i] for i in wrong], [truths[i] for i in wrong]
-    lenient, _ = grade_responses(lenient_reward_fn, *pairs)
-    rest = [1.0] * (len(rewards) - len(wrong))
-    run.log("eval/lenient", [reward["reward"] for reward in lenient] + rest)
+    lenient, _ = grade_responses(lenient_reward_fn, [texts[i] for i in wrong], [truths[i] for i in wrong])
+    run.log("eval/lenient", [r["reward"] for r in lenient] + [1.0] * (len(rewards) - len(wrong)))
 
 
 # ---- 10. A run: metrics, pictures, checkpoints, start, finish, update --------------
@@ -1216,13 +1228,10 @@ class Run:
 
     def step_metrics(self):
         """{name: mean} of what was logged since the last call, by any rank."""
-        sums, self.sums = self.sums, {}
-        numbers = [(name, float(total), int(count)) for name, (total, count) in sums.items()]
-        totals, counts = collections.Counter(), collections.Counter()
-        for name, total, count in sum(all_gather(numbers), []):
-            totals[name] += total
-            counts[name] += count
-        return {name: totals[name] / count for name, count in counts.items() if count}
+        every = all_gather({name: (float(total), int(count)) for name, (total, count) in self.sums.items()})
+        self.sums, names = {}, dict.fromkeys(name for sums in every for name in sums)
+        sums = {name: map(sum, zip(*(one[name] for one in every if name in one))) for name in names}
+        return {name: total / count for name, (total, count) in sums.items() if count}
 
 
 # What a step prints of its metrics, and what is drawn and tabulated of a run.
@@ -1289,13 +1298,15 @@ def replace_text(path, text):
 
 
 def save_checkpoint(run, path, step):
-    """Writes a Hugging Face folder with the trainer's state: aside, synced, then renamed."""
+    """Writes a Hugging Face folder with the trainer's state: aside, flushed, then renamed."""
     partial, state = path.with_name("partial"), run.optimizer.state_dict()["state"]
     try:
         run.model.save_pretrained(partial)
         run.tokenizer.save_pretrained(partial)
         torch.save({"optimizer": state, "step": step}, partial / "trainer_state.pt")
-        os.sync()                       # the disk has all of it, the logs too, before it gets its name
+        for file in (*partial.iterdir(), *path.parent.glob("*.jsonl")):
+            with open(file) as opened:
+                os.fsync(opened)        # raises what the disk does not take
         os.replace(partial, path)
     except (OSError, RuntimeError, SafetensorError) as error:       # torch.save raises no OSError
         free = shutil.disk_usage(path.parent).free >> 20
@@ -1368,7 +1379,12 @@ def load_run(args):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="packed")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {source} cannot be loaded: {short_message(error)}") from error
+    transformers_logging.disable_progress_bar()
     check(tokenizer.eos_token_id is not None, f"--model {source} has no end-of-sequence token")
+    window = getattr(model.config, "sliding_window", None)      # of all layers, where there are no layer_types
+    kinds = getattr(model.config, "layer_types", None) or ["sliding_window" if window else "full_attention"]
+    other = {*kinds} - {"full_attention"}
+    check(not other, f"--model {source} has layers of {other}, which section 6 does not compute")
     # Two responses to one prompt, packed and not. Layers other than attention that mix tokens show here,
     # and logits that are more than a product with the output head.
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6]])
@@ -1378,9 +1394,8 @@ def load_run(args):
     same = torch.allclose(plain[:, 1:], packed, atol=1e-3)
     check(same, f"--model {source} has layers or logits that section 6 computes wrongly")
     model.to(args.device)
-    millions = model.num_parameters() / 1e6
-    machine = f"{WORLD_SIZE} × {args.device}, {args.dtype}"
-    print(f"model {source}: {millions:.1f}M parameters, {machine}", flush=True)
+    size = f"{model.num_parameters() / 1e6:.1f}M parameters"
+    print(f"model {source}: {size}, {WORLD_SIZE} × {args.device}, {args.dtype}", flush=True)
     if args.device == "cuda" and not flash_attn_func:
         print(f"attention is torch's, flash-attn cannot be imported: {short_message(flash_attn_error)}")
     sampler, (reward_fn, stop) = make_sampler(args, tokenizer), reward_fn_and_stop(args.prompt)
@@ -1399,9 +1414,9 @@ def start_training(run, last_step):
         run.model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay,
         fused=args.device == "cuda")        # less memory
     if run.checkpoint:
-        saved = torch.load(run.checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True)
+        saved = torch.load(run.checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True, mmap=True)
         step, state = saved["step"], {"state": saved["optimizer"]}
-        run.optimizer.load_state_dict(run.optimizer.state_dict() | state)       # settings: the flags'
+        run.optimizer.load_state_dict(run.optimizer.state_dict() | state)       # its settings are the flags'
         print(f"resumed from {run.checkpoint}", flush=True)
     if RANK == 0:
         open_output_dir(args, step if run.checkpoint else -1)
@@ -1442,10 +1457,10 @@ def finish_step(run, step):
             import wandb
             wandb.log(metrics, step=step)
         if saving:
-            report({args.output_dir: [folder]}, folder / "curves.png")
             save_checkpoint(run, folder / ("final_model" if is_last else f"checkpoint-{step}"), step)
-            for path in checkpoints(folder)[args.keep_checkpoints or None:]:
+            for path in checkpoints(folder)[args.keep_checkpoints or sys.maxsize:]:
                 shutil.rmtree(path.rename(folder / "partial"))      # half a folder is no checkpoint
+            report({args.output_dir: [folder]}, folder / "curves.png")
     if is_last:
         accuracy, n = metrics["eval/accuracy"], len(run.val_problems)
         print(f"done: accuracy {accuracy:.3f} on {n} unseen problems; {folder}/final_model, curves.png")
@@ -1460,7 +1475,7 @@ def microbatches(args, pairs, rows):
     """This rank's share of the rows of a train batch, a list of microbatches. Responses to one prompt stand
     together, so that it goes through the model once."""
     rows = sorted(rows, key=lambda i: (pairs[i][0], -len(pairs[i][1])))
-    starts, total, before = [], 0, None                 # the tokens, or rows, before each row
+    starts, total, before = [], 0, None                 # how many tokens, or rows, stand before each row
     for i in rows:
         prompt, response = pairs[i]
         starts.append(total)
@@ -1480,7 +1495,7 @@ def optimizer_step(run, step, loss):
     group = run.optimizer.param_groups[0]
     group["lr"] = learning_rate = run.args.learning_rate * decay
     for parameter in group["params"]:
-        if parameter.grad is None:          # no row had anything to teach: AdamW's momentum moves on
+        if parameter.grad is None:          # no row of this rank had anything to teach
             parameter.grad = torch.zeros_like(parameter)
         if WORLD_SIZE > 1:                  # the sum over the ranks
             torch.distributed.all_reduce(parameter.grad)
