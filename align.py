@@ -699,7 +699,7 @@ def get_packed_log_probs(model, pairs, temperature=1.0, dtype="float32"):
     packed, predictors = pack(pairs, device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         hidden = model.base_model(use_cache=False, **packed).last_hidden_state[0]
-    hidden = hidden.index_select(0, predictors) / temperature       # (n, D)
+    hidden = hidden.index_select(0, predictors) / temperature       # (n, D); logits are linear in it
     labels = torch.tensor([token for _, response in pairs for token in response], device=device)
     values = ChunkedLogProbs.apply(hidden.to(dtype), model.get_output_embeddings().weight, labels)
     ones = [torch.ones(len(response), dtype=torch.bool) for _, response in pairs]
@@ -1265,7 +1265,7 @@ def report(runs, picture, against="step"):
     """Draws the curves of runs, {label: folders of its seeds}, against "step" or "seconds". Returns a
     Markdown table of how they ended, mean ± standard deviation of the seeds."""
     from matplotlib.figure import Figure
-    figure, rows = Figure(figsize=(7, 10), layout="constrained"), []
+    figure, table = Figure(figsize=(7, 10), layout="constrained"), []
     axes = figure.subplots(len(PANELS), sharex=True)
     for i, (label, folders) in enumerate(runs.items()):
         ends = []
@@ -1280,14 +1280,12 @@ def report(runs, picture, against="step"):
             times = {"step to 80%": first.get("step"), "seconds to 80%": first.get("seconds")}
             ends.append([(validated[-1] | times).get(name) for name in COLUMNS])
         axes[0].lines[-1].set_label(label)
-        rows.append([label, *map(mean_and_spread, zip(*ends))])
+        table.append([label, *map(mean_and_spread, zip(*ends))])
     axes[0].legend(fontsize=8)
     axes[-1].set_xlabel(against)
-    aside = Path(picture).with_name("partial.png")
-    figure.savefig(aside, dpi=110)
-    os.replace(aside, picture)
-    rows = [["", *COLUMNS], ["---"] * (len(COLUMNS) + 1), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    figure.savefig(picture, dpi=110)
+    table = [["", *COLUMNS], ["---"] * (len(COLUMNS) + 1), *table]
+    return "\n".join(f"| {' | '.join(row)} |" for row in table)
 
 
 def replace_text(path, text):
