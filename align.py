@@ -1405,6 +1405,37 @@ def load_run(args):
     return run
 
 
+def finish_step(run, step):
+    """Validates the weights after the update, logs, and saves where it is time to; stops on a signal."""
+    args, folder, is_last = run.args, Path(run.args.output_dir), step == run.last_step
+    if is_last or step % (args.validation_frequency or run.last_step) == 0:
+        evaluate(run, 1, step)
+        run.lap("evaluation")
+    metrics, stopping = run.step_metrics(), max(all_gather(run.signal))
+    saving = step and (is_last or stopping or step % (args.save_frequency or run.last_step) == 0)
+    if RANK == 0:
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        shown = [f"{name.removeprefix('train/')} {metrics[name]:.3g}" for name in SHOWN if name in metrics]
+        print(f"step {step:4d}/{run.last_step} |", " | ".join(shown), flush=True)
+        if args.wandb_project:
+            import wandb
+            wandb.log(metrics, step=step)
+        if saving:
+            save_checkpoint(run, folder / ("final_model" if is_last else f"checkpoint-{step}"), step)
+            for path in checkpoints(folder)[args.keep_checkpoints or sys.maxsize:]:
+                shutil.rmtree(path.rename(folder / "partial"))      # half a folder is no checkpoint
+            report({args.output_dir: [folder]}, folder / "curves.png")
+    if is_last:
+        accuracy, n = metrics["eval/accuracy"], len(run.val_problems)
+        print(f"done: accuracy {accuracy:.3f} on {n} unseen problems; {folder}/final_model, curves.png")
+    elif stopping:
+        print(f"stopped after step {step}; --resume goes on from there", flush=True)
+        leave_ranks(128 + stopping)
+        sys.exit(128 + stopping)
+    run.lap()
+
+
 def start_training(run, last_step):
     """Validates the weights as they come, or goes on from the checkpoint. Returns the first step."""
     args, run.last_step, step = run.args, last_step, 0
@@ -1436,37 +1467,6 @@ def start_training(run, last_step):
     if not run.checkpoint:
         finish_step(run, 0)
     return step + 1
-
-
-def finish_step(run, step):
-    """Validates the weights after the update, logs, and saves where it is time to; stops on a signal."""
-    args, folder, is_last = run.args, Path(run.args.output_dir), step == run.last_step
-    if is_last or step % (args.validation_frequency or run.last_step) == 0:
-        evaluate(run, 1, step)
-        run.lap("evaluation")
-    metrics, stopping = run.step_metrics(), max(all_gather(run.signal))
-    saving = step and (is_last or stopping or step % (args.save_frequency or run.last_step) == 0)
-    if RANK == 0:
-        with open(folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        shown = [f"{name.removeprefix('train/')} {metrics[name]:.3g}" for name in SHOWN if name in metrics]
-        print(f"step {step:4d}/{run.last_step} |", " | ".join(shown), flush=True)
-        if args.wandb_project:
-            import wandb
-            wandb.log(metrics, step=step)
-        if saving:
-            save_checkpoint(run, folder / ("final_model" if is_last else f"checkpoint-{step}"), step)
-            for path in checkpoints(folder)[args.keep_checkpoints or sys.maxsize:]:
-                shutil.rmtree(path.rename(folder / "partial"))      # half a folder is no checkpoint
-            report({args.output_dir: [folder]}, folder / "curves.png")
-    if is_last:
-        accuracy, n = metrics["eval/accuracy"], len(run.val_problems)
-        print(f"done: accuracy {accuracy:.3f} on {n} unseen problems; {folder}/final_model, curves.png")
-    elif stopping:
-        print(f"stopped after step {step}; --resume goes on from there", flush=True)
-        leave_ranks(128 + stopping)
-        sys.exit(128 + stopping)
-    run.lap()
 
 
 def microbatches(args, pairs, rows):
