@@ -1087,10 +1087,10 @@ def test_runs_stop_at_the_step_whose_weight_sync_was_skipped(tiny_data, tmp_path
     assert all(record["train/sampler_gap_max"] < gap for record in metrics[1:])
 
 
-def test_compare_runs_what_is_not_finished_and_tabulates_it(tiny_data, tmp_path):
+def test_compare_runs_what_is_not_finished_and_tabulates_it(run_align, refused, tmp_path):
     argv = ["--algo", "grpo", *SMALL, "--n_grpo_steps", 1, "--rollout_batch_size", 32,
             "--train_batch_size", 32, "--output_dir", tmp_path]
-    error = align_command(*argv, "--compare", "group_size=8,7", code=2).stderr
+    error = refused(run_align, *argv, "--compare", "group_size=8,7")
     assert "--group_size 7 does not divide" in error and names_in(tmp_path) == []
     argv += ["--compare", "learning_rate=1e-3"]
     assert align_command(*argv, "--seeds", 1).stdout.count("done: accuracy") == 1
@@ -1104,7 +1104,7 @@ def test_compare_runs_what_is_not_finished_and_tabulates_it(tiny_data, tmp_path)
     assert head[0] == "eval/accuracy" and row[:2] == ["learning_rate=1e-3", spread]
     assert align.mean_and_spread([0.5, 0.7, None]) == "0.6 ± 0.14 (2 of 3)"
     assert samples_of(folders[0], "train") != samples_of(folders[1], "train")
-    error = align_command(*argv, "--group_size", 4, code=2).stderr
+    error = refused(run_align, *argv, "--group_size", 4)
     assert "holds a run with other ['group_size']" in error
 
 
