@@ -424,7 +424,7 @@ def reward_dict(answer, truth):
 
 
 def r1_zero_reward_fn(response, ground_truth):
-    """Stricter than CS336's grader: one answer, no sentence around it, exact, tuples in order."""
+    """Stricter than CS336's grader: one answer, no sentence around it; brackets and order count."""
     return reward_dict(extract_answer(response), ground_truth)
 
 
@@ -484,7 +484,7 @@ def grade_responses(reward_fn, responses, truths):
 # ---- 4. Data: JSON lines in, dicts out -----------------------------------------------
 
 def read_jsonl(path, required):
-    """The dicts of a JSON-lines file. Each has texts under all keys of one tuple in `required`."""
+    """The dicts of a JSON-lines file, each with its "line" and texts under all keys of one tuple in `required`."""
     records, wanted = [], " or ".join(" and ".join(map(repr, keys)) for keys in required)
     for i, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
         if not line.strip():
