@@ -125,11 +125,11 @@ def map_over_ranks(function, items):
 
 def join_ranks():
     """Under torchrun: finds the other ranks and takes a GPU. From here on rank 0 alone prints."""
-    backend = "gloo"
-    if WORLD_SIZE > 1 and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl"
     if WORLD_SIZE > 1:
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            backend = "cpu:gloo,cuda:nccl"
         torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=2))      # rank 0 may be saving
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
@@ -244,7 +244,7 @@ def read_settings(folder):
 def parse_args(argv):
     """The run's settings. Raises UserError for a flag that is wrong or that the run would not use."""
     # --group-size=4 means --group_size=4
-    argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in argv]
+    argv = [re.sub(r"^--[\w-]+(?==|$)", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in argv]
     given = build_parser().parse_args(argv)
     if given.plot or given.compare:
         return given
@@ -1088,9 +1088,11 @@ def check_weights(model, served):
         layer = name.split(".")[-2]
         names = [name] + [name.replace(layer, part) for part in FUSED.get(layer, [])]
         weights = [ours[name] for name in names if name in ours]
-        height = sum(map(len, weights))     # vLLM pads the vocabulary,
-        if height and own[:height].shape == (height, *weights[0].shape[1:]):    # and on a CPU it repacks matrices
-            same = torch.equal(own[:height], torch.cat(weights).to(own.dtype))
+        heights = list(map(len, weights))
+        total = sum(heights)        # vLLM pads the vocabulary, and on a CPU it repacks matrices
+        if total and own[:total].shape == (total, *weights[0].shape[1:]):
+            parts = zip(own[:total].split(heights), weights)
+            same = all(torch.equal(part, weight.to(own.dtype)) for part, weight in parts)
             check(same, f"the sampler has stale or wrong weights: its {name} is not the trainer's")
             compared += 1
     if not compared:
@@ -1108,7 +1110,7 @@ def check_sampler(run, rollouts, temperature):
     # On a GPU vLLM multiplies even float32 in TF32.
     limits = GAP_LIMITS["bfloat16" if run.args.device == "cuda" else run.args.dtype]
     close = mean <= limits[0] and largest <= limits[1]      # false for nan, too
-    check(close, f"the sampler has stale or wrong weights: log-probs off by {mean=:.2g} {largest=:.2g}")
+    check(close, f"the sampler has stale or wrong weights: log-probs off by {mean=:.2g} {largest=:.2g} nats")
     return mean, largest
 
 

@@ -1126,7 +1126,7 @@ def test_runs_with_bad_input_end_in_one_sentence(flags, complaint, run_align, re
      "has layers of {'sliding_attention'}"),
     ({"family": Gemma2Config, "layer_types": ["full_attention"] * 2}, "attention with ['softcap']"),
     ({"family": Lfm2Config, "layer_types": ["conv", "full_attention"]}, "has layers of {'conv'}"),
-    ({"family": BloomConfig}, "computes wrongly"),      # its places are in the attention
+    ({"family": BloomConfig}, "computes wrongly"),      # its positions are in the attention
     ({"family": CohereConfig}, "computes wrongly")])    # it scales its logits
 def test_models_that_the_packed_pass_computes_wrongly_are_refused(run_align, base, refused, tmp_path, model, complaint):
     random_model(len(base[1]), **model).save_pretrained(tmp_path)
