@@ -67,30 +67,27 @@ try:
 except (ImportError, OSError, RuntimeError) as error:       # not installed, or for another torch
     flash_attn_func, flash_attn_error = None, error
 
-
 class UserError(ValueError):
     """Something that the user can mend: one sentence on stderr and exit code 2."""
-
 
 def check(condition, complaint):
     """Raises UserError with this sentence unless the condition holds."""
     if not condition:
         raise UserError(complaint)
 
-
 def short_message(error):
     """What an exception says, on one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
-
-# Many GPUs: `torchrun --nproc_per_node N align.py …` starts N of these programs, the ranks. Each has the
-# whole model, samples, grades and trains on its share of the work; an update adds up their gradients.
+# Many GPUs: `torchrun --nproc_per_node N align.py …` starts N of these programs, the
+# ranks. Each has the whole model, samples, grades and trains on its share of the work;
+# an update adds up their gradients.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
 
 @contextlib.contextmanager
 def exit_cleanly(program):
-    """What the user can mend ends the program in one sentence instead of a traceback."""
+    """What the user can mend ends the program in one sentence instead of a
+    traceback."""
     try:
         yield
     except (UserError, OSError, RuntimeError, KeyboardInterrupt) as error:
@@ -107,24 +104,24 @@ def exit_cleanly(program):
         leave = os._exit if WORLD_SIZE > 1 else sys.exit    # the other ranks may wait for it
         leave(130 if isinstance(error, KeyboardInterrupt) else 2)
 
-
 def all_gather(value):
-    """A list of what each rank passes here, in their order. All of them have to call it."""
+    """A list of what each rank passes here, in their order. All of them have to call
+    it."""
     values = [value] * WORLD_SIZE
     if WORLD_SIZE > 1:
         torch.distributed.all_gather_object(values, value)
     return values
 
-
 def map_over_ranks(function, items):
-    """function(items), a list of one result per item, each rank computing its share of it."""
+    """function(items), a list of one result per item, each rank computing its share of
+    it."""
     share = items[RANK::WORLD_SIZE]
     shares = all_gather(function(share) if share else [])
     return [shares[i % WORLD_SIZE][i // WORLD_SIZE] for i in range(len(items))]
 
-
 def join_ranks():
-    """Under torchrun: finds the other ranks and takes a GPU. From here on rank 0 alone prints."""
+    """Under torchrun: finds the other ranks and takes a GPU. From here on rank 0 alone
+    prints."""
     if WORLD_SIZE > 1:
         backend = "gloo"
         if torch.cuda.is_available():
@@ -134,7 +131,6 @@ def join_ranks():
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
 
-
 def leave_ranks(code=0):
     """Ends this process, if it is one of several, once all of them are here."""
     if WORLD_SIZE > 1:
@@ -143,12 +139,12 @@ def leave_ranks(code=0):
         sys.stdout.flush()
         os._exit(code)      # gloo's threads now and then crash the usual end
 
-
 # ---- 1. Settings: every knob, declared once ------------------------------------------
 
-# Under the algorithms that use them: (flag, value, help) or (flag, tiny preset, math preset, help). A tuple
-# holds a value for each algorithm of its heading, a list the choices, the default first. A flag has its value's
-# type. A number is above zero, or may be zero if its default is or the help explains "0:".
+# Under the algorithms that use them: (flag, value, help) or (flag, tiny preset, math
+# preset, help). A tuple holds a value for each algorithm of its heading, a list the
+# choices, the default first. A flag has its value's type. A number is above zero, or
+# may be zero if its default is or the help explains "0:".
 SETTINGS = {
     "eval sft ei grpo": [
         ("preset", ["auto", "tiny", "math"], "defaults of the rest; auto: math on a GPU"),
@@ -208,7 +204,6 @@ SETTINGS = {
         ("loss_aggregation", ["masked_mean", "masked_normalize"], "over its length, or as [DrGRPO] does")],
 }
 
-
 def build_parser():
     """The parser of all flags. What is not given is None."""
     parser = argparse.ArgumentParser("align.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
@@ -231,7 +226,6 @@ def build_parser():
             group.add_argument(f"--{flag}", help=f"{help} ({shown})".replace("%", "%%"), **options)
     return parser
 
-
 def read_settings(folder):
     """The settings of the run that a folder holds; {} where there is none."""
     path = Path(folder, "args.json")
@@ -240,9 +234,9 @@ def read_settings(folder):
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read: {short_message(error)}") from error
 
-
 def parse_args(argv):
-    """The run's settings. Raises UserError for a flag that is wrong or that the run would not use."""
+    """The run's settings. Raises UserError for a flag that is wrong or that the run
+    would not use."""
     # --group-size=4 means --group_size=4
     argv = [re.sub(r"^--[\w-]+(?==|$)", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in argv]
     given = build_parser().parse_args(argv)
@@ -290,11 +284,11 @@ def parse_args(argv):
     check(not given.resume or not args.overwrite, "--resume continues, --overwrite replaces: give one of them")
     return args
 
-
 # ---- 2. Prompts ----------------------------------------------------------------------
 
-# r1_zero and question_only are the handout's. tiny is r1_zero without the preamble: a base model of 0.7M
-# parameters cannot read instructions, and every token of a prompt is paid for in every rollout.
+# r1_zero and question_only are the handout's. tiny is r1_zero without the preamble: a
+# base model of 0.7M parameters cannot read instructions, and every token of a prompt is
+# paid for in every rollout.
 PROMPTS = {"question_only": "{question}", "tiny": "User: {question}\nAssistant: <think>"}
 PROMPTS["r1_zero"] = (
     "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The Assistant "
@@ -302,12 +296,10 @@ PROMPTS["r1_zero"] = (
     "process is enclosed within <think> </think> and answer is enclosed within <answer> </answer> tags, respectively, "
     "i.e., <think> reasoning process here </think> <answer> answer here </answer>.\n" + PROMPTS["tiny"])
 
-
 def format_prompt(name, question):
     """The named prompt with the question in it."""
     check(name in PROMPTS, f"--prompt {name} is none of {', '.join(PROMPTS)}")
     return PROMPTS[name].replace("{question}", question)
-
 
 # ---- 3. Grading: the reward is the objective, so a wrong reward is trained towards ---
 
@@ -339,16 +331,15 @@ PARSE_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, Ru
                 ValueError, sympy.polys.polyerrors.BasePolynomialError)
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)     # it logs whole responses
 
-
 def last_boxed(text):
-    r"""The content of the last \boxed{…}, which may hold braces; None if there is none."""
+    r"""The content of the last \boxed{…}, which may hold braces; None if there is
+    none."""
     _, found, rest = text.rpartition(r"\boxed{")
     depth = 1
     for end, character in enumerate(rest if found else ""):
         depth += (character == "{") - (character == "}")
         if depth == 0:
             return rest[:end]
-
 
 def normalize_answer(text):
     r"""An answer in one spelling: normalize_answer(r"$\dfrac12$ cm") == "1/2"."""
@@ -357,24 +348,20 @@ def normalize_answer(text):
         text = re.sub(pattern, replacement, text)
     return text.strip()
 
-
 def word_key(text):
     """For comparing words: no case, no article, no space except between digits."""
     return re.sub(r"^(an?|the) (?=[a-z]{3})|\s(?!\d)|(?<!\d)\s", "", text.casefold())
-
 
 def bracket_shape(text):
     """The commas and the brackets around them: math-verify takes (1,2) for 1,2."""
     text = re.sub(r"\([^(),]*\)", "", text)
     return text.count(","), sorted(re.findall(r"([(\[])[^()\[\]]*,[^()\[\]]*([)\]])", text))
 
-
 def parse_latex(text):
     """The sympy object of a normalised answer, or None."""
     boxed = r"\boxed{%s}" % text.replace(", ", r",\ ")      # 100, 200 would be 100200
     if boxed == r"\boxed{%s}" % last_boxed(boxed):
         return math_verify.parse(boxed, [LATEX], fallback_mode="no_fallback", parsing_timeout=None)[0]
-
 
 def grade(answer, truth):
     """True where `answer` means the same as `truth` (strings, LaTeX or plain)."""
@@ -408,7 +395,6 @@ def grade(answer, truth):
     except PARSE_ERRORS:
         return False
 
-
 def extract_answer(response):
     """"12" of " 7+5=12 </think> <answer> 12 </answer>"; None in any other format."""
     if any(response.count(tag) != 1 for tag in ("</think>", "<answer>", "</answer>")):
@@ -416,32 +402,32 @@ def extract_answer(response):
     match = re.search(r"</think> <answer>(.*)</answer>\s*$", response, re.DOTALL)
     return match[1].strip() if match else None
 
-
 def reward_dict(answer, truth):
-    """The rewards, 0.0 or 1.0, of an extracted answer or None: [R1] section 2.2.2, no format bonus."""
+    """The rewards, 0.0 or 1.0, of an extracted answer or None: [R1] section 2.2.2, no
+    format bonus."""
     right = float(answer is not None and grade(answer, truth))
     return {"reward": right, "format_reward": float(answer is not None), "answer_reward": right}
 
-
 def r1_zero_reward_fn(response, ground_truth):
-    """Stricter than CS336's grader: one answer, no sentence around it; brackets and order count."""
+    """Stricter than CS336's grader: one answer, no sentence around it; brackets and
+    order count."""
     return reward_dict(extract_answer(response), ground_truth)
 
-
 def question_only_reward_fn(response, ground_truth):
-    r"""The same for a response to the bare question: the answer is the last \boxed{}."""
+    r"""The same for a response to the bare question: the answer is the last
+    \boxed{}."""
     return reward_dict(last_boxed(response), ground_truth)
 
-
 def reward_fn_and_stop(prompt_name):
-    """(reward function, stop string); without a stop string a response ends with the EOS token."""
+    """(reward function, stop string); without a stop string a response ends with the
+    EOS token."""
     if prompt_name == "question_only":
         return question_only_reward_fn, None
     return r1_zero_reward_fn, "</answer>"
 
-
 def start_worker():
-    """Bounds a new worker's memory, leaves signals to its parent and lets it end with its parent."""
+    """Bounds a new worker's memory, leaves signals to its parent and lets it end with
+    its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches every process,
     signal.signal(signal.SIGTERM, signal.SIG_IGN)       # and so does a scheduler's SIGTERM
     if sys.platform == "linux":
@@ -451,10 +437,10 @@ def start_worker():
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
 
-
 @functools.cache
 def grading_pool():
-    """Worker processes, started once: sympy can hang or take all memory, and processes can be killed."""
+    """Worker processes, started once: sympy can hang or take all memory, and processes
+    can be killed."""
     pebble.CONSTS.term_timeout = 0.1        # seconds from SIGTERM, which workers ignore, to SIGKILL
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     workers = max(1, min(os.cpu_count() // WORLD_SIZE, 16))
@@ -462,9 +448,9 @@ def grading_pool():
     atexit.register(lambda: (pool.stop(), pool.join()))
     return pool
 
-
 def grade_responses(reward_fn, responses, truths):
-    """(the reward dict of every response, how many could not be graded: those score 0)."""
+    """(the reward dict of every response, how many could not be graded: those score
+    0)."""
     def grade_share(pairs):
         if not grading_pool().active:
             grading_pool.cache_clear()
@@ -480,11 +466,11 @@ def grade_responses(reward_fn, responses, truths):
     check(not hopeless, f"the reward function failed on all responses, first with {errors[:1]}")
     return [reward_dict(None, "") if isinstance(r, str) else r for r in results], len(errors)
 
-
 # ---- 4. Data: JSON lines in, dicts out -----------------------------------------------
 
 def read_jsonl(path, required):
-    """The dicts of a JSON-lines file, each with its "line" and texts under all keys of one tuple in `required`."""
+    """The dicts of a JSON-lines file, each with its "line" and texts under all keys of
+    one tuple in `required`."""
     records, wanted = [], " or ".join(" and ".join(map(repr, keys)) for keys in required)
     for i, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
         if not line.strip():
@@ -500,7 +486,6 @@ def read_jsonl(path, required):
         records.append(record | {"line": i})
     check(records, f"{path}: holds no records")
     return records
-
 
 def load_problems(run, path, at_least=1):
     """Problems with "prompt_ids"; those without an answer are left out."""
@@ -518,7 +503,6 @@ def load_problems(run, path, at_least=1):
     check(len(problems) >= at_least, f"{path}: {len(problems)} usable problems, a step needs {at_least}")
     return problems
 
-
 def load_traces(path, prompt_name, reward_fn):
     """SFT traces {"prompt", "response"}; a "problem" gets the prompt that RL uses."""
     traces = read_jsonl(path, [("problem", "response"), ("prompt", "response")])
@@ -528,18 +512,19 @@ def load_traces(path, prompt_name, reward_fn):
         trace.setdefault("prompt", format_prompt(prompt_name, trace.get("problem", "")))
     return traces
 
-
 # ---- 5. Tokens and masks -------------------------------------------------------------
 
 def batch_token_ids(prompt_ids, response_ids, pad_id):
-    """Pads B prompts and responses (lists of ids) to (B, T), T = longest prompt + response, less 1 for the shift:
+    """Pads B prompts and responses (lists of ids) to (B, T), T = longest prompt +
+    response, less 1 for the shift:
 
         prompt [5, 6], response [7, 8]     input_ids      5  6  7
                                            labels         6  7  8
                                            response_mask  0  1  1     the labels that the policy chose
 
-    The mask comes from the lengths: a pad id is a token like any other. Attention is causal: no real
-    token looks at the padding on its right, and the model needs no attention mask.
+    The mask comes from the lengths: a pad id is a token like any other. Attention is
+    causal: no real token looks at the padding on its right, and the model needs no
+    attention mask.
     """
     pairs = list(zip(prompt_ids, response_ids, strict=True))
     ids = [torch.tensor(prompt + response) for prompt, response in pairs]
@@ -548,14 +533,13 @@ def batch_token_ids(prompt_ids, response_ids, pad_id):
     mask = pad_sequence(mask, batch_first=True)
     return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "response_mask": mask[:, 1:]}
 
-
 def tokenize_prompt_and_output(prompt_strs, output_strs, tokenizer):
-    """batch_token_ids of texts, tokenised apart: their border is a token border, as in sampling."""
+    """batch_token_ids of texts, tokenised apart: their border is a token border, as in
+    sampling."""
     prompt_ids = tokenizer(prompt_strs)["input_ids"]
     output_ids = tokenizer(output_strs, add_special_tokens=False)["input_ids"]
     pad_id = tokenizer.pad_token_id
     return batch_token_ids(prompt_ids, output_ids, tokenizer.eos_token_id if pad_id is None else pad_id)
-
 
 # ---- 6. Log-probs and entropy: what the policy thinks of each token ------------------
 
@@ -563,27 +547,27 @@ def compute_entropy(logits):
     """Entropy of the next-token distribution in nats: (B, T, V) -> (B, T), float32."""
     return torch.special.entr(logits.float().softmax(dim=-1)).sum(dim=-1)   # entr(p) = -p log p
 
-
 def get_response_log_probs(model, input_ids, labels, return_token_entropy=False, temperature=1.0):
-    """log π(label | tokens before it), (B, T) in nats, at prompt and padding, too: mask them in the loss.
-    The definition; training uses get_packed_log_probs, the same for less work."""
+    """log π(label | tokens before it), (B, T) in nats, at prompt and padding, too: mask
+    them in the loss. The definition; training uses get_packed_log_probs, the same for
+    less work."""
     logits = model(input_ids, use_cache=False).logits.float() / temperature   # (B, T, V)
     log_probs = logits.log_softmax(dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     if not return_token_entropy:
         return {"log_probs": log_probs}
     return {"log_probs": log_probs, "token_entropy": compute_entropy(logits.detach())}
 
-
 def pack(pairs, device):
-    """Packs B pairs (prompt ids, response ids) into M tokens without padding, a prompt once for all of
-    its responses, though each is trained on as prompt + response:
+    """Packs B pairs (prompt ids, response ids) into M tokens without padding, a prompt
+    once for all of its responses, though each is trained on as prompt + response:
 
         prompt [5, 6] with responses [7, 8] and [9, 4, 2]       packed  5  6  7  9  4
         rows: the packed place of each token of a row           [0, 1, 2, -]  and  [0, 1, 3, 4]
         places: where in rows, flat, each packed token stands   0  1  2  6  7
 
-    Attention alone sees rows; all else works token by token. A response's last token predicts nothing:
-    left out. Returns the model's arguments and the packed places that predict a response token."""
+    Attention alone sees rows; all else works token by token. A response's last token
+    predicts nothing: left out. Returns the model's arguments and the packed places that
+    predict a response token."""
     ids, stands, rows, predictors, prompts = [], [], [], [], {}
     for i, (prompt, response) in enumerate(pairs):
         known, start = prompts.get(tuple(prompt), []), len(ids)
@@ -600,15 +584,14 @@ def pack(pairs, device):
     packed = {name: tensor.to(device) for name, tensor in packed.items()}
     return packed, torch.tensor(predictors, device=device)
 
-
 def use_flash_attn(query):
     """FlashAttention's kernels are for GPUs and half precision."""
     return flash_attn_func and query.is_cuda and query.dtype == torch.bfloat16
 
-
 def packed_attention(module, query, key, value, *_, scaling=None, rows=None, places=None, cache=None, **more):
-    """What transformers calls in each layer: query, key, value (1, heads, M, D) -> (1, M, heads, D).
-    Without rows these are whole sequences, (B, heads, T, D), or a PrefixCache's newest tokens."""
+    """What transformers calls in each layer: query, key, value (1, heads, M, D) -> (1,
+    M, heads, D). Without rows these are whole sequences, (B, heads, T, D), or a
+    PrefixCache's newest tokens."""
     other = [name for name in ("softcap", "s_aux") if more.get(name) is not None]
     check(not other, f"--model has attention with {other}, which section 6 does not compute")
     query, key = query.to(value.dtype), key.to(value.dtype)     # autocast leaves rotated ones float32
@@ -635,22 +618,21 @@ def packed_attention(module, query, key, value, *_, scaling=None, rows=None, pla
         output = output.flatten(0, 1).index_select(0, places)[None]
     return output, None
 
-
 AttentionInterface.register("packed", packed_attention)
 torch.backends.cuda.enable_cudnn_sdp(False)         # it plans anew for the shape of nearly every batch
 MAX_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 27}      # that ChunkedLogProbs holds at a time
 
-
 def head_logits(hidden, head):
-    """hidden · headᵀ, (n, D), (V, D) -> (n, V), float32: bfloat16 rounds logits of 20 to 30 by up to 0.06."""
+    """hidden · headᵀ, (n, D), (V, D) -> (n, V), float32: bfloat16 rounds logits of 20
+    to 30 by up to 0.06."""
     if hidden.is_cuda and hidden.dtype == torch.bfloat16:
         return torch.mm(hidden, head.T, out_dtype=torch.float32)
     return (hidden @ head.T).float()
 
-
 class ChunkedLogProbs(torch.autograd.Function):
-    """log softmax(hidden · headᵀ)[label] and its entropy without ever holding all logits, the largest tensor
-    of a run by far. The backward pass computes them again: ∂ log p(label) / ∂ logit = 1[label] − p."""
+    """log softmax(hidden · headᵀ)[label] and its entropy without ever holding all
+    logits, the largest tensor of a run by far. The backward pass computes them again: ∂
+    log p(label) / ∂ logit = 1[label] − p."""
 
     @staticmethod
     def chunks(hidden, head):
@@ -691,10 +673,10 @@ class ChunkedLogProbs(torch.autograd.Function):
                 grad_head += grad_logits.T @ hidden[rows]
         return grad_hidden, grad_head, None
 
-
 def get_packed_log_probs(model, pairs, temperature=1.0, dtype="float32"):
-    """get_response_log_probs of B pairs (prompt ids, response ids) at the responses' tokens alone, with matrix
-    products in `dtype`. Returns log-probs, entropies and their mask, (B, longest response)."""
+    """get_response_log_probs of B pairs (prompt ids, response ids) at the responses'
+    tokens alone, with matrix products in `dtype`. Returns log-probs, entropies and
+    their mask, (B, longest response)."""
     device, dtype = model.device, getattr(torch, dtype)
     packed, predictors = pack(pairs, device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -707,51 +689,56 @@ def get_packed_log_probs(model, pairs, temperature=1.0, dtype="float32"):
     log_probs, entropy = (torch.zeros(mask.shape, device=device).masked_scatter(mask, v) for v in values)
     return log_probs, entropy, mask
 
-
 # ---- 7. Losses: which tokens to push, and how hard -----------------------------------
 
-# RL maximises the expected reward E[r] of a response that π samples. Its gradient is E[r · Σ ∇ log π(token)], over the
-# tokens of the response: sample, grade, and push every token of a response up in proportion to the response's reward
-# (REINFORCE). To subtract from r what does not depend on the response changes nothing on average and takes noise away.
-# The mean reward of G responses to the same prompt is such a baseline, but for a factor: the response is one of the G,
-# which makes the gradient 1 − 1/G of the true one. r less the baseline is the advantage A. SFT pushes given tokens up
-# as if each had A = 1; expert iteration does so with its own right responses, which is r with no baseline.
-
+# RL maximises the expected reward E[r] of a response that π samples. Its gradient is
+# E[r · Σ ∇ log π(token)], over the tokens of the response: sample, grade, and push
+# every token of a response up in proportion to the response's reward (REINFORCE). To
+# subtract from r what does not depend on the response changes nothing on average and
+# takes noise away. The mean reward of G responses to the same prompt is such a
+# baseline, but for a factor: the response is one of the G, which makes the gradient 1 −
+# 1/G of the true one. r less the baseline is the advantage A. SFT pushes given tokens
+# up as if each had A = 1; expert iteration does so with its own right responses, which
+# is r with no baseline.
 
 def masked_normalize(tensor, mask, normalize_constant, dim=None):
-    """Sum of the elements under the mask over `dim` (all if None), divided by a constant."""
+    """Sum of the elements under the mask over `dim` (all if None), divided by a
+    constant."""
     return torch.where(mask.bool(), tensor, 0).sum(dim) / normalize_constant    # not *: a masked inf would become nan
 
-
 def masked_mean(tensor, mask, dim=None):
-    """Mean of the elements under the mask over `dim` (all if None); nan where the mask is empty."""
+    """Mean of the elements under the mask over `dim` (all if None); nan where the mask
+    is empty."""
     return torch.where(mask.bool(), tensor, 0).sum(dim) / mask.bool().sum(dim)
 
-
 def sft_microbatch_train_step(policy_log_probs, response_mask, gradient_accumulation_steps, normalize_constant=1.0):
-    """Backward of the negative log-likelihood of the responses. Its gradient pushes every response token up equally.
+    """Backward of the negative log-likelihood of the responses. Its gradient pushes
+    every response token up equally.
 
-    Args: policy_log_probs and response_mask (B, T). gradient_accumulation_steps: microbatches per update; with b of
-    the n sequences of a train batch pass n / b, and the microbatches' losses add up to the train batch's mean.
-    Returns (loss, metadata): the scaled loss that was back-propagated, a scalar, and the number of response tokens.
+    Args: policy_log_probs and response_mask (B, T). gradient_accumulation_steps:
+    microbatches per update; with b of the n sequences of a train batch pass n / b, and
+    the microbatches' losses add up to the train batch's mean.
+    Returns (loss, metadata): the scaled loss that was back-propagated, a scalar, and
+    the number of response tokens.
     """
     per_sequence = masked_normalize(-policy_log_probs, response_mask, normalize_constant, dim=-1)       # (B,)
     loss = per_sequence.mean() / gradient_accumulation_steps
     loss.backward()
     return loss.detach(), {"response_tokens": response_mask.sum()}
 
-
 def compute_group_normalized_rewards(reward_fn, rollout_responses, repeated_ground_truths, group_size, advantage_eps,
                                      normalize_by_std):
-    """Grades N responses and compares each with the G responses to the same prompt, which stand next to each other.
+    """Grades N responses and compares each with the G responses to the same prompt,
+    which stand next to each other.
 
         A = (r − mean of the group) / (standard deviation of the group + advantage_eps)     [GRPO] section 4.1.2
         A = r − mean of the group                                      [DrGRPO], without normalize_by_std
 
-    The standard deviation is the unbiased one (n − 1). A group of equal rewards has advantage 0: it says nothing about
-    what to prefer. Returns (advantages (N,), raw_rewards (N,), metadata): the mean rewards, the numbers of groups of
-    equal rewards and of failed gradings, and "rewards", the N reward dicts. Raises ValueError if N is no multiple of
-    G, or for the standard deviation of a group of one.
+    The standard deviation is the unbiased one (n − 1). A group of equal rewards has
+    advantage 0: it says nothing about what to prefer. Returns (advantages (N,),
+    raw_rewards (N,), metadata): the mean rewards, the numbers of groups of equal
+    rewards and of failed gradings, and "rewards", the N reward dicts. Raises ValueError
+    if N is no multiple of G, or for the standard deviation of a group of one.
     """
     if group_size < 1 or len(rollout_responses) % group_size or (normalize_by_std and group_size == 1):
         raise ValueError(f"{len(rollout_responses)} responses cannot be normalised in groups of {group_size}")
@@ -761,37 +748,38 @@ def compute_group_normalized_rewards(reward_fn, rollout_responses, repeated_grou
     advantages = groups - groups.mean(dim=1, keepdim=True)
     if normalize_by_std:
         advantages /= groups.std(dim=1, keepdim=True) + advantage_eps
-    # The mean of equal floats can be off by an ulp and their std is 0, so these advantages are set to 0, not computed.
+    # The mean of equal floats can be off by an ulp and their std is 0, so these
+    # advantages are set to 0, not computed.
     equal = groups.amax(dim=1) == groups.amin(dim=1)
     advantages[equal] = 0.0
     metadata = {f"{key}_mean": statistics.fmean(reward[key] for reward in rewards) for key in rewards[0]}
     metadata |= {"equal_groups": int(equal.sum()), "grading_failures": failures, "rewards": rewards}
     return advantages.flatten(), raw_rewards, metadata
 
-
 def require_column(weights):
-    """Raises ValueError unless the per-sequence weights are (B, 1): (B,) would spread over the tokens."""
+    """Raises ValueError unless the per-sequence weights are (B, 1): (B,) would spread
+    over the tokens."""
     if weights.shape[1:] != (1,):
         raise ValueError(f"rewards and advantages are (B, 1), not {tuple(weights.shape)}")
 
-
 def compute_naive_policy_gradient_loss(raw_rewards_or_advantages, policy_log_probs):
-    """−A · log π per token, (B, T), of advantages (B, 1): its gradient is REINFORCE's, the score function weighted by
-    the advantage."""
+    """−A · log π per token, (B, T), of advantages (B, 1): its gradient is REINFORCE's,
+    the score function weighted by the advantage."""
     require_column(raw_rewards_or_advantages)
     return -raw_rewards_or_advantages * policy_log_probs
 
-
 def compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange):
-    """−min(ρA, clip(ρ, 1−ε, 1+ε)A) per token, (B, T), with ρ = π/π_old ([PPO] equation 7, [GRPO] equation 3).
-    Where the clipped branch decides, the gradient is zero: the policy has already moved far enough on this token.
-    Args: advantages (B, 1); both log-probs (B, T), the old ones without a gradient; cliprange ε.
-    Returns (loss, metadata): "clipped" (B, T) is true where the clipped branch decided."""
+    """−min(ρA, clip(ρ, 1−ε, 1+ε)A) per token, (B, T), with ρ = π/π_old ([PPO] equation
+    7, [GRPO] equation 3). Where the clipped branch decides, the gradient is zero: the
+    policy has already moved far enough on this token.
+    Args: advantages (B, 1); both log-probs (B, T), the old ones without a gradient;
+    cliprange ε.
+    Returns (loss, metadata): "clipped" (B, T) is true where the clipped branch
+    decided."""
     require_column(advantages)
     ratio = torch.exp(policy_log_probs - old_log_probs)
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - cliprange, 1 + cliprange) * advantages
     return -torch.minimum(unclipped, clipped), {"clipped": clipped.detach() < unclipped.detach()}
-
 
 def compute_policy_gradient_loss(policy_log_probs, loss_type, raw_rewards=None, advantages=None, old_log_probs=None,
                                  cliprange=None):
@@ -802,7 +790,8 @@ def compute_policy_gradient_loss(policy_log_probs, loss_type, raw_rewards=None, 
         grpo_clip                 −min(ρA, clip(ρ, 1−ε, 1+ε)A)   several updates per rollout batch, kept close to π_old
         grpo_no_clip              −ρA                            the same without the bound
 
-    Raises ValueError for an unknown type, a missing argument, and rewards or advantages that are not (B, 1).
+    Raises ValueError for an unknown type, a missing argument, and rewards or advantages
+    that are not (B, 1).
     """
     needs = {"no_baseline": {"raw_rewards": raw_rewards}, "reinforce_with_baseline": {"advantages": advantages},
              "grpo_clip": {"advantages": advantages, "old_log_probs": old_log_probs, "cliprange": cliprange},
@@ -818,23 +807,25 @@ def compute_policy_gradient_loss(policy_log_probs, loss_type, raw_rewards=None, 
     cliprange = cliprange if loss_type == "grpo_clip" else math.inf
     return compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange)
 
-
 def importance_weights(old_log_probs, sampler_log_probs, cap):
-    """min(π_old / π_sampler, cap) per token, (B, T): truncated importance sampling ([IMPALA] section 4.1, [TIS]).
-    A sampler with the trainer's weights but other kernels or precision samples from a slightly other distribution. The
-    ratio makes the gradient's expectation right again, and the cap bounds what it adds in variance."""
+    """min(π_old / π_sampler, cap) per token, (B, T): truncated importance sampling
+    ([IMPALA] section 4.1, [TIS]). A sampler with the trainer's weights but other
+    kernels or precision samples from a slightly other distribution. The ratio makes the
+    gradient's expectation right again, and the cap bounds what it adds in variance."""
     return (old_log_probs - sampler_log_probs).exp().clamp(max=cap)
-
 
 def grpo_microbatch_train_step(
         policy_log_probs, response_mask, gradient_accumulation_steps, loss_type, raw_rewards=None, advantages=None,
         old_log_probs=None, cliprange=None, normalize_constant=None, token_weights=None):
-    """Backward of the policy-gradient loss: per token, then per response, then the mean over the batch.
+    """Backward of the policy-gradient loss: per token, then per response, then the mean
+    over the batch.
 
-    A response's loss is its mean over its tokens ([GRPO] equation 3) or, given a normalize_constant, its sum divided by
-    that constant, which weighs every token alike whatever the length of its response ([DrGRPO]). An empty response
-    counts as a loss of 0. token_weights (B, T) multiply the per-token loss: see importance_weights. Other arguments and
-    returns: as in sft_microbatch_train_step and compute_policy_gradient_loss.
+    A response's loss is its mean over its tokens ([GRPO] equation 3) or, given a
+    normalize_constant, its sum divided by that constant, which weighs every token alike
+    whatever the length of its response ([DrGRPO]). An empty response counts as a loss
+    of 0. token_weights (B, T) multiply the per-token loss: see importance_weights.
+    Other arguments and returns: as in sft_microbatch_train_step and
+    compute_policy_gradient_loss.
     """
     per_token, metadata = compute_policy_gradient_loss(
         policy_log_probs, loss_type, raw_rewards, advantages, old_log_probs, cliprange)
@@ -849,13 +840,12 @@ def grpo_microbatch_train_step(
     loss.backward()
     return loss.detach(), metadata
 
-
 # ---- 8. Sampling ---------------------------------------------------------------------
 
 def seed_for(seed, step, purpose):
-    """A seed for one draw. There is no generator whose state a checkpoint would have to hold."""
+    """A seed for one draw. There is no generator whose state a checkpoint would have to
+    hold."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{purpose}".encode()).digest()[:7], "big")
-
 
 @dataclasses.dataclass
 class Rollout:
@@ -866,9 +856,9 @@ class Rollout:
     text: str               # what they decode to, up to the stop string's end; grading uses this
     finish_reason: str      # "stop": ended by itself; "length": cut at max_tokens
 
-
 class PrefixCache:
-    """Keys and values while P prompts get n equally long responses each; a prompt's stand here once."""
+    """Keys and values while P prompts get n equally long responses each; a prompt's
+    stand here once."""
 
     def __init__(self, n, prompt_lengths):
         self.n, self.t = n, 0           # t: the place of the responses' newest token
@@ -878,7 +868,8 @@ class PrefixCache:
         self.padding = (columns >= prompt_lengths[:, None])[:, None, None, None]      # (P, 1, 1, 1, longest)
 
     def attend(self, layer, query, key, value, scaling):
-        """Attention of the responses' newest tokens: (1, heads, P·n, D) -> (1, P·n, heads, D)."""
+        """Attention of the responses' newest tokens: (1, heads, P·n, D) -> (1, P·n,
+        heads, D)."""
         prompt_keys, prompt_values = self.prompts[layer]
         n_prompts, kv_heads, longest, width = prompt_keys.shape
         # (P, kv_heads, n, heads that share a key head, D)
@@ -889,7 +880,8 @@ class PrefixCache:
             self.responses[layer] = F.pad(self.responses.get(layer, new[..., :0, :]), (0, 0, 0, 64))
         self.responses[layer][..., self.t:self.t + 1, :] = new
         keys, values = self.responses[layer][..., :self.t + 1, :]
-        # All responses to a prompt read its keys in one product; one softmax goes over both parts.
+        # All responses to a prompt read its keys in one product; one softmax goes over
+        # both parts.
         scores = (query.flatten(2, 3) @ prompt_keys.mT).unflatten(2, query.shape[2:4])
         scores = torch.cat([scores.masked_fill_(self.padding, -math.inf), query @ keys.mT], dim=-1)
         prompt_weights, weights = scores.mul_(scaling).softmax(dim=-1).tensor_split([longest], dim=-1)
@@ -897,8 +889,8 @@ class PrefixCache:
         return (output + weights @ values).permute(0, 2, 1, 3, 4).reshape(1, n_prompts * self.n, -1, width)
 
     def drop_finished(self, live):
-        """Drops finished responses once they are many, leaving each prompt as many as the one with
-        most live ones has. live (P·n,). Returns the rows that stay."""
+        """Drops finished responses once they are many, leaving each prompt as many as
+        the one with most live ones has. live (P·n,). Returns the rows that stay."""
         live = live.view(-1, self.n)
         prompts = live.any(dim=1).nonzero()[:, 0]                       # (P',)
         most = int(live.sum(dim=1).max())
@@ -912,7 +904,6 @@ class PrefixCache:
         kept = prompts[:, None] * self.n + columns                      # (P', n')
         self.n, self.padding = most, self.padding[prompts]
         return kept.flatten()
-
 
 class TorchSampler:
     """Samples with the training model, or with a copy of it in another dtype."""
@@ -941,8 +932,9 @@ class TorchSampler:
 
     @torch.no_grad()
     def generate(self, prompt_ids, n, seeds, temperature, max_tokens, min_tokens, stop):
-        """n Rollouts for each prompt (a list of ids), those of one prompt together. seeds: one per
-        prompt; temperature 0: greedy; stop: a string that ends a response, or None."""
+        """n Rollouts for each prompt (a list of ids), those of one prompt together.
+        seeds: one per prompt; temperature 0: greedy; stop: a string that ends a
+        response, or None."""
         size = max(1, self.batch_size // n)
         if len(prompt_ids) > size:
             settings = temperature, max_tokens, min_tokens, stop
@@ -950,8 +942,9 @@ class TorchSampler:
                     self.generate(prompt_ids[i:i + size], n, seeds[i:i + size], *settings)]
         device, eos = self.model.device, self.tokenizer.eos_token_id
         completes = stop and StopStringCriteria(self.tokenizer, [stop])
-        # A response's token t is where draws[t] falls in the cumulated distribution. So it depends on its
-        # prompt's seed and its number among the prompt's responses, not on what shares its batch.
+        # A response's token t is where draws[t] falls in the cumulated distribution. So
+        # it depends on its prompt's seed and its number among the prompt's responses,
+        # not on what shares its batch.
         draws = [torch.rand(n, max_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
         draws = torch.cat(draws).to(device).clamp(max=1 - 1e-6)
         ids, log_probs = torch.zeros_like(draws, dtype=torch.long), torch.zeros_like(draws)
@@ -970,7 +963,8 @@ class TorchSampler:
             if temperature == 0:
                 token = logits.argmax(dim=-1, keepdim=True)             # (rows, 1)
             else:
-                # In float32 a GPU's sums of 150,000 entries would not rise from each entry to the next.
+                # In float32 a GPU's sums of 150,000 entries would not rise from each
+                # entry to the next.
                 cumulated = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
                 drawn = draws[rows, t:t + 1] * cumulated[:, -1:]
                 token = torch.searchsorted(cumulated, drawn, right=True)
@@ -998,9 +992,9 @@ class TorchSampler:
                                     text, "stop" if length else "length"))
         return rollouts
 
-
 class VLLMSampler:
-    """Samples with vLLM in this process. All that depends on its version is here: 0.32.0."""
+    """Samples with vLLM in this process. All that depends on its version is here:
+    0.32.0."""
 
     def __init__(self, args, tokenizer):
         self.tokenizer, self.sleeps, on_cpu = tokenizer, args.vllm_sleep, args.device == "cpu"
@@ -1024,13 +1018,15 @@ class VLLMSampler:
                             "(CPU: VLLM_CPU_KVCACHE_SPACE), pip install vllm==0.32.0, --sampler torch") from error
 
     def load_weights(self, model):
-        """The weight sync, parameter by parameter in memory; drops keys and values of old weights."""
+        """The weight sync, parameter by parameter in memory; drops keys and values of
+        old weights."""
         self.llm.wake_up(tags=["weights"])      # later it would bring old ones back; no-op if awake
         try:
             weights = ((name, parameter.detach()) for name, parameter in model.named_parameters())
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             if model.device.type == "cpu" and model.config.tie_word_embeddings:
-                # vLLM there multiplies by a packed copy of the head, which the sync leaves as it was.
+                # vLLM there multiplies by a packed copy of the head, which the sync
+                # leaves as it was.
                 self.llm.apply_model(lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head))
         except (AttributeError, TypeError, NotImplementedError) as error:
             raise UserError(f"the weight sync needs vllm==0.32.0: {short_message(error)}") from error
@@ -1042,7 +1038,8 @@ class VLLMSampler:
         return self.llm.apply_model(lambda model: dict(model.named_parameters()))[0]
 
     def generate(self, prompt_ids, n, seeds, temperature, max_tokens, min_tokens, stop):
-        """As TorchSampler.generate. Each response is a request; prefix caching shares the prompts."""
+        """As TorchSampler.generate. Each response is a request; prefix caching shares
+        the prompts."""
         from vllm import SamplingParams
         prompts = [{"prompt_token_ids": ids} for ids in prompt_ids for _ in range(n)]
         params = [SamplingParams(
@@ -1057,7 +1054,6 @@ class VLLMSampler:
                         output.text, output.finish_reason)
                 for request in requests for output in request.outputs]
 
-
 def make_sampler(args, tokenizer):
     """The sampler that --sampler names."""
     choice = args.sampler
@@ -1068,21 +1064,20 @@ def make_sampler(args, tokenizer):
         return VLLMSampler(args, tokenizer)
     return TorchSampler(tokenizer, args.sampler_batch_size, args.dtype)
 
-
 def pad_log_probs(rollouts):
     """The log-probs of the rollouts' sampler, (N, T)."""
     return pad_sequence([torch.tensor(rollout.log_probs) for rollout in rollouts], batch_first=True)
 
-
-# The most expensive silent bug of this field is a sampler with stale weights. So its weights are compared
-# with the trainer's, exactly, and its log-probs within (mean, max) nats.
+# The most expensive silent bug of this field is a sampler with stale weights. So its
+# weights are compared with the trainer's, exactly, and its log-probs within (mean, max)
+# nats.
 GAP_LIMITS = {"float32": (1e-3, 1e-2), "bfloat16": (0.15, math.inf)}
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}      # by vLLM
 
-
 def check_weights(model, served):
-    """UserError unless the sampler's weights {name: tensor} are the trainer's, cast to their dtype, to the
-    last bit. To be called right after load_weights: a sleeping vLLM has none."""
+    """UserError unless the sampler's weights {name: tensor} are the trainer's, cast to
+    their dtype, to the last bit. To be called right after load_weights: a sleeping vLLM
+    has none."""
     ours, compared = dict(model.named_parameters()), 0
     for name, own in served.items():
         layer = name.split(".")[-2]
@@ -1098,9 +1093,9 @@ def check_weights(model, served):
     if not compared:
         print("the sampler's weights have other names: only its log-probs are compared", flush=True)
 
-
 def check_sampler(run, rollouts, temperature):
-    """(mean, max) of |log π − log π_sampler| over the tokens, in nats; UserError where it is too large."""
+    """(mean, max) of |log π − log π_sampler| over the tokens, in nats; UserError where
+    it is too large."""
     pairs = [(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts]
     with torch.no_grad():
         ours, _, mask = get_packed_log_probs(run.model, pairs, temperature, run.args.dtype)
@@ -1113,10 +1108,10 @@ def check_sampler(run, rollouts, temperature):
     check(close, f"the sampler has stale or wrong weights: log-probs off by {mean=:.2g} {largest=:.2g} nats")
     return mean, largest
 
-
 def sample(run, problems, n, step, purpose, temperature):
-    """n Rollouts per problem from the policy as it is now, and the problem of each. Each rank samples for
-    its share of the problems. purpose: "train" or "eval", the first part of metrics' names."""
+    """n Rollouts per problem from the policy as it is now, and the problem of each.
+    Each rank samples for its share of the problems. purpose: "train" or "eval", the
+    first part of metrics' names."""
     args = run.args
 
     def sample_share(numbers):
@@ -1140,12 +1135,12 @@ def sample(run, problems, n, step, purpose, temperature):
     run.log(f"{purpose}/truncated", [rollout.finish_reason == "length" for rollout in rollouts])
     return rollouts, [problem for problem in problems for _ in range(n)]
 
-
 # ---- 9. Evaluation -------------------------------------------------------------------
 
 def lenient_reward_fn(response, ground_truth):
-    """1 where the right answer is in the last tag, box or number, whatever the format around it.
-    For evaluation: a rise in accuracy that this does not share is a gain in format alone."""
+    """1 where the right answer is in the last tag, box or number, whatever the format
+    around it. For evaluation: a rise in accuracy that this does not share is a gain in
+    format alone."""
     end = response[-2000:]
     numbers = re.findall(r"(?<!\d)-?\d(?:[\d,]*\d)?(?:\.\d+)?(?:/\d+)?", end)
     tags = [part.partition("</answer>")[0] for part in end.split("<answer>")[1:]]
@@ -1153,18 +1148,18 @@ def lenient_reward_fn(response, ground_truth):
     right = float(any(grade(candidate, ground_truth) for candidate in filter(None, candidates)))
     return {"reward": right, "format_reward": 1.0, "answer_reward": right}
 
-
 def pass_at_k(n, c, k):
-    """The unbiased estimate of P(one of k samples is right) from n samples, c of them right ([pass@k] eq. 1).
+    """The unbiased estimate of P(one of k samples is right) from n samples, c of them
+    right ([pass@k] eq. 1).
 
     >>> pass_at_k(n=4, c=1, k=2)        # two of four: 3 of the 6 pairs hold the right one
     0.5
     """
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
-
 def log_generations(run, purpose, step, rollouts, problems, rewards, failures):
-    """Logs graded rollouts: mean rewards, and in samples.jsonl what was asked, written and paid."""
+    """Logs graded rollouts: mean rewards, and in samples.jsonl what was asked, written
+    and paid."""
     run.log(f"{purpose}/reward", [reward["reward"] for reward in rewards])
     run.log(f"{purpose}/format", [reward["format_reward"] for reward in rewards])
     run.log(f"{purpose}/grading_failures", failures)
@@ -1176,9 +1171,9 @@ def log_generations(run, purpose, step, rollouts, problems, rewards, failures):
                     "length": len(rollout.response_ids), "finish_reason": rollout.finish_reason}
             file.write(json.dumps(line) + "\n")
 
-
 def evaluate(run, n, step):
-    """Samples n responses to each validation problem, grades them as the model wrote them and logs."""
+    """Samples n responses to each validation problem, grades them as the model wrote
+    them and logs."""
     rollouts, repeated = sample(run, run.val_problems, n, step, "eval", run.args.eval_temperature)
     texts, truths = [r.text for r in rollouts], [problem["answer"] for problem in repeated]
     rewards, failures = grade_responses(run.reward_fn, texts, truths)
@@ -1194,12 +1189,12 @@ def evaluate(run, n, step):
     lenient, _ = grade_responses(lenient_reward_fn, [texts[i] for i in wrong], [truths[i] for i in wrong])
     run.log("eval/lenient", [r["reward"] for r in lenient] + [1.0] * (len(rewards) - len(wrong)))
 
-
 # ---- 10. A run: metrics, pictures, checkpoints, start, finish, update --------------
 
 @dataclasses.dataclass
 class Run:
-    """What a run holds in memory. Sampler, evaluation and updates all refer to `model`, the policy."""
+    """What a run holds in memory. Sampler, evaluation and updates all refer to `model`,
+    the policy."""
     args: argparse.Namespace
     model: torch.nn.Module
     tokenizer: object
@@ -1216,7 +1211,8 @@ class Run:
     skipped: int = 0            # updates in a row whose gradient was not finite
 
     def log(self, name, values, mask=None):
-        """Takes numbers or a tensor. A step's metric is the mean of them all (under the mask)."""
+        """Takes numbers or a tensor. A step's metric is the mean of them all (under the
+        mask)."""
         values = torch.as_tensor(values, dtype=torch.float64).detach()
         mask = torch.ones_like(values).bool() if mask is None else mask
         total, count = self.sums.get(name, (0, 0))      # on the device: nothing waits for it
@@ -1235,7 +1231,6 @@ class Run:
         sums = {name: map(sum, zip(*(one[name] for one in every if name in one))) for name in names}
         return {name: total / count for name, (total, count) in sums.items() if count}
 
-
 # What a step prints of its metrics, and what is drawn and tabulated of a run.
 SHOWN = ("train/reward", "train/format", "train/loss", "train/entropy", "train/clip_fraction",
          "train/length", "train/grad_norm", "train/learning_rate", "time/sampling", "time/training",
@@ -1243,16 +1238,15 @@ SHOWN = ("train/reward", "train/format", "train/loss", "train/entropy", "train/c
 PANELS = ("eval/accuracy", "eval/format", "train/reward", "train/entropy", "train/length")
 COLUMNS = (*PANELS, "seconds", "tokens", "step to 80%", "seconds to 80%")
 
-
 def read_metrics(folder):
-    """A run's steps, each with all "seconds" of training and sampled "tokens" up to it."""
+    """A run's steps, each with all "seconds" of training and sampled "tokens" up to
+    it."""
     records, seconds, tokens = read_jsonl(Path(folder, "metrics.jsonl"), [()]), 0.0, 0.0
     for record in records:
         seconds += sum(record.get(f"time/{part}", 0) for part in ("sampling", "grading", "training"))
         tokens += record.get("train/tokens", 0)
         record |= {"seconds": seconds, "tokens": tokens}
     return records
-
 
 def mean_and_spread(values):
     """"0.85 ± 0.02 (2 of 3)": mean ± standard deviation of those that are not None."""
@@ -1262,10 +1256,10 @@ def mean_and_spread(values):
         text += f" ± {statistics.stdev(known):.2g}"
     return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"
 
-
 def report(runs, picture, against="step"):
-    """Draws the curves of runs, {label: folders of its seeds}, against "step" or "seconds". Returns a
-    Markdown table of how they ended, mean ± standard deviation of the seeds."""
+    """Draws the curves of runs, {label: folders of its seeds}, against "step" or
+    "seconds". Returns a Markdown table of how they ended, mean ± standard deviation of
+    the seeds."""
     from matplotlib.figure import Figure
     figure, table = Figure(figsize=(7, 10), layout="constrained"), []
     axes = figure.subplots(len(PANELS), sharex=True)
@@ -1289,16 +1283,15 @@ def report(runs, picture, against="step"):
     table = [["", *COLUMNS], ["---"] * (len(COLUMNS) + 1), *table]
     return "\n".join(f"| {' | '.join(row)} |" for row in table)
 
-
 def replace_text(path, text):
     """Writes aside and renames, so that the file is never half-written."""
     aside = path.with_name("partial.txt")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
 
-
 def save_checkpoint(run, path, step):
-    """Writes a Hugging Face folder with the trainer's state: aside, flushed, then renamed."""
+    """Writes a Hugging Face folder with the trainer's state: aside, flushed, then
+    renamed."""
     partial, state = path.with_name("partial"), run.optimizer.state_dict()["state"]
     try:
         run.model.save_pretrained(partial)
@@ -1313,11 +1306,9 @@ def save_checkpoint(run, path, step):
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{path} cannot be written ({free} MiB free): {short_message(error)}") from error
 
-
 def checkpoints(folder):
     """The folder's checkpoints, newest first."""
     return sorted(Path(folder).glob("checkpoint-[0-9]*"), key=lambda path: -int(path.name.split("-")[1]))
-
 
 def files_of_a_run(args):
     """What is in output_dir already. UserError unless it may be replaced or resumed."""
@@ -1329,9 +1320,9 @@ def files_of_a_run(args):
     check(not precious, f"--overwrite would remove --model {args.model}; choose another --output_dir")
     return old
 
-
 def open_output_dir(args, step):
-    """Makes output_dir. --overwrite removes a run in it, --resume cuts its logs back to this step."""
+    """Makes output_dir. --overwrite removes a run in it, --resume cuts its logs back to
+    this step."""
     folder = Path(args.output_dir)
     for path in files_of_a_run(args):
         if args.overwrite or path.name.startswith("partial"):
@@ -1343,9 +1334,9 @@ def open_output_dir(args, step):
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / "args.json", json.dumps(vars(args), indent=2) + "\n")
 
-
 def find_data(args):
-    """Makes data/arithmetic/ where it is needed and not there; UserError for other files that are missing."""
+    """Makes data/arithmetic/ where it is needed and not there; UserError for other
+    files that are missing."""
     flags = () if getattr(args, "question", "") else ("train_data", "val_data", "sft_data")
     files = [Path(getattr(args, flag)) for flag in flags if flag in args]
     tiny = [path for path in (Path(args.model), *files) if path.is_relative_to("data/arithmetic")]
@@ -1358,13 +1349,14 @@ def find_data(args):
     if RANK == 0 and files:
         files_of_a_run(args)    # before a model is loaded
 
-
 def load_run(args):
-    """Model, tokenizer, sampler and validation problems; to resume, the newest checkpoint's weights."""
+    """Model, tokenizer, sampler and validation problems; to resume, the newest
+    checkpoint's weights."""
     find_data(args)
     grading_pool().schedule(int)        # starts the workers now, before this process holds a model
     if args.device == "cpu" and sys.platform == "linux":
-        # Freed memory stays with the process: fetching it anew from the system costs a fifth of a step.
+        # Freed memory stays with the process: fetching it anew from the system costs a
+        # fifth of a step.
         for option, value in ((-4, 0), (-1, 2**31 - 1)):            # M_MMAP_MAX, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, value)
     if Path(args.model).is_dir():
@@ -1374,8 +1366,9 @@ def load_run(args):
     source = checkpoint or args.model
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        # float32 masters even on a GPU: at lr 1e-5 most AdamW steps are below half a bfloat16 ulp of the
-        # weight. No train(): dropout would make π differ from the policy that sampled.
+        # float32 masters even on a GPU: at lr 1e-5 most AdamW steps are below half a
+        # bfloat16 ulp of the weight. No train(): dropout would make π differ from the
+        # policy that sampled.
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="packed")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {source} cannot be loaded: {short_message(error)}") from error
@@ -1385,8 +1378,8 @@ def load_run(args):
     kinds = getattr(model.config, "layer_types", None) or ["sliding_window" if window else "full_attention"]
     other = {*kinds} - {"full_attention"}
     check(not other, f"--model {source} has layers of {other}, which section 6 does not compute")
-    # Two responses to one prompt, packed and not. Layers other than attention that mix tokens show here,
-    # and logits that are more than a product with the output head.
+    # Two responses to one prompt, packed and not. Layers other than attention that mix
+    # tokens show here, and logits that are more than a product with the output head.
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6]])
     with torch.no_grad():
         plain = get_response_log_probs(model, ids[:, :-1], ids[:, 1:])["log_probs"]
@@ -1402,13 +1395,14 @@ def load_run(args):
     run = Run(args, model, tokenizer, sampler, reward_fn, stop, checkpoint)
     run.val_problems = [] if getattr(args, "question", "") else load_problems(run, args.val_data)
     if 0 < args.validation_size < len(run.val_problems):
-        # Always the same ones, whatever the seed, from the whole file: files come sorted by subject.
+        # Always the same ones, whatever the seed, from the whole file: files come
+        # sorted by subject.
         run.val_problems = random.Random(0).sample(run.val_problems, args.validation_size)
     return run
 
-
 def finish_step(run, step):
-    """Validates the weights after the update, logs, and saves where it is time to; stops on a signal."""
+    """Validates the weights after the update, logs, and saves where it is time to;
+    stops on a signal."""
     args, folder, is_last = run.args, Path(run.args.output_dir), step == run.last_step
     if is_last or step % (args.validation_frequency or run.last_step) == 0:
         evaluate(run, 1, step)
@@ -1437,9 +1431,9 @@ def finish_step(run, step):
         sys.exit(128 + stopping)
     run.lap()
 
-
 def start_training(run, last_step):
-    """Validates the weights as they come, or goes on from the checkpoint. Returns the first step."""
+    """Validates the weights as they come, or goes on from the checkpoint. Returns the
+    first step."""
     args, run.last_step, step = run.args, last_step, 0
     run.optimizer = torch.optim.AdamW(
         run.model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay,
@@ -1456,7 +1450,8 @@ def start_training(run, last_step):
             wandb.init(project=args.wandb_project, config=vars(args), dir=args.output_dir, resume="auto")
 
     def stop_after_step(number, frame):
-        """Ctrl-C and SIGTERM let the current step end and be saved; a second one stops at once."""
+        """Ctrl-C and SIGTERM let the current step end and be saved; a second one stops
+        at once."""
         run.signal = number
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
@@ -1470,10 +1465,9 @@ def start_training(run, last_step):
         finish_step(run, 0)
     return step + 1
 
-
 def microbatches(args, pairs, rows):
-    """This rank's share of the rows of a train batch, a list of microbatches. Responses to one prompt stand
-    together, so that it goes through the model once."""
+    """This rank's share of the rows of a train batch, a list of microbatches. Responses
+    to one prompt stand together, so that it goes through the model once."""
     rows = sorted(rows, key=lambda i: (pairs[i][0], -len(pairs[i][1])))
     starts, total, before = [], 0, None                 # how many tokens, or rows, stand before each row
     for i in rows:
@@ -1488,9 +1482,9 @@ def microbatches(args, pairs, rows):
         parts[int(start / total * len(parts))].append(i)
     return [part for part in parts[RANK::WORLD_SIZE] if part]
 
-
 def optimizer_step(run, step, loss):
-    """Clips the accumulated gradient and applies it, unless it or the update's loss is not finite."""
+    """Clips the accumulated gradient and applies it, unless it or the update's loss is
+    not finite."""
     decay = 1 - (step - 1) / run.last_step if run.args.lr_schedule == "linear" else 1
     group = run.optimizer.param_groups[0]
     group["lr"] = learning_rate = run.args.learning_rate * decay
@@ -1512,11 +1506,11 @@ def optimizer_step(run, step, loss):
     check(run.skipped < 5, f"the gradient of 5 updates in a row was not finite ({norm=}, {loss=}): "
           "lower --learning_rate")
 
-
 # ---- 11. Supervised fine-tuning ------------------------------------------------------
 
 def sft_update(run, pairs, step):
-    """One optimizer update on pairs (prompt ids, response ids); the loss is in nats per token."""
+    """One optimizer update on pairs (prompt ids, response ids); the loss is in nats per
+    token."""
     mean_length = statistics.fmean(len(response) for _, response in pairs)
     total_loss = 0.0
     for rows in microbatches(run.args, pairs, range(len(pairs))):
@@ -1528,9 +1522,9 @@ def sft_update(run, pairs, step):
         run.log("train/entropy", entropy, mask)
     optimizer_step(run, step, total_loss)
 
-
 def load_examples(run):
-    """Pairs (prompt ids, response ids) to train on. An end-of-sequence teaches the model to stop."""
+    """Pairs (prompt ids, response ids) to train on. An end-of-sequence teaches the
+    model to stop."""
     args, eos = run.args, run.tokenizer.eos_token_id
     traces = load_traces(args.sft_data, args.prompt, run.reward_fn)
     check(args.n_sft_examples <= len(traces), f"--n_sft_examples is above the {len(traces)} of {args.sft_data}")
@@ -1542,7 +1536,6 @@ def load_examples(run):
     print(f"{len(pairs)} of {len(traces)} traces are within --max_length {args.max_length}")
     check(pairs, f"{args.sft_data}: every trace is longer than --max_length {args.max_length}")
     return pairs
-
 
 def train_sft(args):
     """Fine-tunes on reasoning traces of a stronger model."""
@@ -1561,16 +1554,17 @@ def train_sft(args):
         # 3. Validate, log, save.
         finish_step(run, step)
 
-
 # ---- 12. Expert iteration: sample, keep what is right, fine-tune on it, repeat -------
 
 def train_expert_iteration(args):
-    """The handout's Algorithm 2 ([EI]): a policy gradient with reward 0 or 1 and no baseline."""
+    """The handout's Algorithm 2 ([EI]): a policy gradient with reward 0 or 1 and no
+    baseline."""
     run = load_run(args)
     problems = load_problems(run, args.train_data, at_least=args.ei_batch_size)
     first = start_training(run, args.n_ei_steps)
     for step in range(first, run.last_step + 1):
-        # 1. Sample a few responses to each of some problems, from the policy as it is now.
+        # 1. Sample a few responses to each of some problems, from the policy as it is
+        # now.
         drawn = random.Random(seed_for(args.seed, step, "problems")).sample(problems, args.ei_batch_size)
         rollouts, repeated = sample(run, drawn, args.num_rollouts, step, "train", args.sampling_temperature)
         run.lap("sampling")
@@ -1582,7 +1576,8 @@ def train_expert_iteration(args):
         graded = zip(rollouts, rewards)
         correct = [(r.prompt_ids, r.response_ids) for r, reward in graded if reward["reward"] == 1]
         run.log("train/correct", len(correct))
-        # 3. Fine-tune on it: no update where nothing is right. The optimizer's state goes on.
+        # 3. Fine-tune on it: no update where nothing is right. The optimizer's state
+        # goes on.
         for epoch in range(args.sft_epochs):
             order = random.Random(seed_for(args.seed, step, f"epoch {epoch}")).sample(correct, len(correct))
             for i in range(0, len(correct), args.train_batch_size):
@@ -1590,7 +1585,6 @@ def train_expert_iteration(args):
         run.lap("training")
         # 4. Validate, log, save.
         finish_step(run, step)
-
 
 # ---- 13. GRPO: sample a group per question, compare within it, policy gradient ------
 
@@ -1605,12 +1599,11 @@ def compute_old_log_probs(run, pairs):
         old_log_probs[rows, :mask.shape[1]] = log_probs
     return sum(all_gather(old_log_probs.cpu())).to(run.args.device)
 
-
 def grpo_update(run, batch, rows, step):
     """One optimizer update on some rows of the rollout batch."""
     args, pairs = run.args, batch["pairs"]
-    # A row of weight 0 has gradient 0 and need not go through the model. The divisor counts it. A loss with
-    # another term, such as a KL penalty, needs all rows.
+    # A row of weight 0 has gradient 0 and need not go through the model. The divisor
+    # counts it. A loss with another term, such as a KL penalty, needs all rows.
     weights = batch["raw_rewards" if args.loss_type == "no_baseline" else "advantages"].flatten().tolist()
     useful = [i for i in rows if weights[i] != 0]
     constant = args.sampling_max_tokens if args.loss_aggregation == "masked_normalize" else None
@@ -1634,15 +1627,16 @@ def grpo_update(run, batch, rows, step):
             run.log("train/clip_fraction", metadata["clipped"], mask)
     optimizer_step(run, step, total_loss)
 
-
 def train_grpo(args):
-    """The handout's Algorithm 3 ([GRPO]). A step with more than one update is off-policy."""
+    """The handout's Algorithm 3 ([GRPO]). A step with more than one update is
+    off-policy."""
     run = load_run(args)
     n_prompts = args.rollout_batch_size // args.group_size
     problems = load_problems(run, args.train_data, at_least=n_prompts)
     first = start_training(run, args.n_grpo_steps)
     for step in range(first, run.last_step + 1):
-        # 1. Sample a group of G responses to each of some problems. The policy is π_old from here on.
+        # 1. Sample a group of G responses to each of some problems. The policy is π_old
+        # from here on.
         drawn = random.Random(seed_for(args.seed, step, "problems")).sample(problems, n_prompts)
         rollouts, repeated = sample(run, drawn, args.group_size, step, "train", args.sampling_temperature)
         run.lap("sampling")
@@ -1662,7 +1656,8 @@ def train_grpo(args):
         off_policy = args.epochs_per_rollout_batch > 1 or args.train_batch_size < args.rollout_batch_size
         if off_policy and (args.loss_type.startswith("grpo") or args.tis_cap):      # a ratio to π_old is used
             batch["old_log_probs"] = compute_old_log_probs(run, batch["pairs"])
-        # 4. Update the policy: once on-policy, or once for each train batch in each epoch.
+        # 4. Update the policy: once on-policy, or once for each train batch in each
+        # epoch.
         for epoch in range(args.epochs_per_rollout_batch):
             order = list(range(len(rollouts)))
             random.Random(seed_for(args.seed, step, f"epoch {epoch}")).shuffle(order)
@@ -1672,11 +1667,11 @@ def train_grpo(args):
         # 5. Validate, log, save.
         finish_step(run, step)
 
-
 # ---- 14. Evaluation as a run, comparisons, main --------------------------------------
 
 def run_eval(args):
-    """Evaluates a model, or answers one question. Writes summary.json and samples.jsonl."""
+    """Evaluates a model, or answers one question. Writes summary.json and
+    samples.jsonl."""
     run = load_run(args)
     if args.question:
         prompt = {"prompt_ids": run.tokenizer(format_prompt(args.prompt, args.question))["input_ids"]}
@@ -1692,9 +1687,9 @@ def run_eval(args):
         replace_text(Path(args.output_dir, "summary.json"), text + "\n")
     print(f"{text}\n{args.output_dir}/summary.json, samples.jsonl")
 
-
 def compare(args, argv):
-    """Runs each variant with each seed as a process of its own, which resumes what is there."""
+    """Runs each variant with each seed as a process of its own, which resumes what is
+    there."""
     folder = Path(args.output_dir or "compare_output")
     flag, _, values = args.compare.partition("=")
     ready = values and args.seeds > 0 and WORLD_SIZE == 1
@@ -1704,7 +1699,8 @@ def compare(args, argv):
         label = f"{flag}={value}"
         runs[label] = [folder / label.replace("/", "_") / f"seed{seed}" for seed in range(args.seeds)]
         for seed, output_dir in enumerate(runs[label]):
-            # Of a flag given twice the last one counts, so this is a run, not a comparison.
+            # Of a flag given twice the last one counts, so this is a run, not a
+            # comparison.
             command = [*argv, "--compare=", f"--{label}", f"--seed={seed}", f"--output_dir={output_dir}"]
             settings, before = vars(parse_args(command)), read_settings(output_dir)
             different = [key for key in before if key != "resume" and settings.get(key) != before[key]]
@@ -1713,7 +1709,8 @@ def compare(args, argv):
     for command in commands:
         print("---", *command, flush=True)
         child = subprocess.Popen([sys.executable, __file__, *command])
-        # The child ends its step. A terminal sends Ctrl-C to it, too; a scheduler sends SIGTERM only here.
+        # The child ends its step. A terminal sends Ctrl-C to it, too; a scheduler sends
+        # SIGTERM only here.
         signal.signal(signal.SIGINT, lambda *_: None)
         signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         if child.wait() != 0:
@@ -1721,7 +1718,6 @@ def compare(args, argv):
     table = report(runs, folder / "compare.png", "seconds" if flag == "algo" else "step")
     replace_text(folder / "compare.md", f"`python align.py {' '.join(argv)}`\n\n{table}\n")
     print(f"{table}\n{folder}/compare.png, compare.md")
-
 
 def main(argv=None):
     """Runs the command line. A user's mistake ends in one sentence and exit code 2."""
@@ -1740,7 +1736,6 @@ def main(argv=None):
             loops = {"eval": run_eval, "sft": train_sft, "ei": train_expert_iteration, "grpo": train_grpo}
             loops[args.algo](args)
         leave_ranks()
-
 
 if __name__ == "__main__":
     main()
