@@ -64,7 +64,7 @@ from transformers.utils import logging as transformers_logging
 
 try:
     from flash_attn import flash_attn_func
-except (ImportError, OSError, RuntimeError) as error:       # not installed, or for another torch
+except (ImportError, OSError, RuntimeError) as error:  # not installed, or for another torch
     flash_attn_func, flash_attn_error = None, error
 
 class UserError(ValueError):
@@ -86,48 +86,47 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 
 @contextlib.contextmanager
 def exit_cleanly(program):
-    """What the user can mend ends the program in one sentence instead of a
-    traceback."""
+    """Turns what the user can mend into one sentence and an exit code."""
     try:
         yield
     except (UserError, OSError, RuntimeError, KeyboardInterrupt) as error:
         message = str(error) or "interrupted"
-        if isinstance(error, RuntimeError):     # on a CPU a lack of memory has no class of its own
+        if isinstance(error, RuntimeError):
+            # On a CPU a lack of memory has no class of its own.
             if not re.search("out of memory|can't allocate memory", message):
                 raise
             message = "out of memory; lower --tokens_per_microbatch or, sampling, --sampler_batch_size"
-        if RANK > 0:    # rank 0 speaks for all: if it fails, too, torchrun ends this rank while it waits
+        if RANK > 0:
+            # Rank 0 speaks for all: if it fails, too, torchrun ends this rank now.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(2)
         sys.stdout.flush()
         print(f"{program}: {message}. What was saved before is intact.", file=sys.stderr)
-        leave = os._exit if WORLD_SIZE > 1 else sys.exit    # the other ranks may wait for it
+        leave = os._exit if WORLD_SIZE > 1 else sys.exit  # the other ranks may wait for it
         leave(130 if isinstance(error, KeyboardInterrupt) else 2)
 
 def all_gather(value):
-    """A list of what each rank passes here, in their order. All of them have to call
-    it."""
+    """What each rank passes here, as a list in their order. All must call it."""
     values = [value] * WORLD_SIZE
     if WORLD_SIZE > 1:
         torch.distributed.all_gather_object(values, value)
     return values
 
 def map_over_ranks(function, items):
-    """function(items), a list of one result per item, each rank computing its share of
-    it."""
+    """function(items), one result per item, each rank computing its share."""
     share = items[RANK::WORLD_SIZE]
     shares = all_gather(function(share) if share else [])
     return [shares[i % WORLD_SIZE][i // WORLD_SIZE] for i in range(len(items))]
 
 def join_ranks():
-    """Under torchrun: finds the other ranks and takes a GPU. From here on rank 0 alone
-    prints."""
+    """Finds the other ranks and takes a GPU. From here on rank 0 alone prints."""
     if WORLD_SIZE > 1:
         backend = "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             backend = "cpu:gloo,cuda:nccl"
-        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=2))      # rank 0 may be saving
+        patience = datetime.timedelta(hours=2)  # rank 0 may be saving
+        torch.distributed.init_process_group(backend, timeout=patience)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
 
@@ -137,7 +136,7 @@ def leave_ranks(code=0):
         all_gather(None)
         atexit._run_exitfuncs()
         sys.stdout.flush()
-        os._exit(code)      # gloo's threads now and then crash the usual end
+        os._exit(code)  # gloo's threads now and then crash the usual end
 
 # ---- 1. Settings: every knob, declared once ------------------------------------------
 
@@ -235,8 +234,7 @@ def read_settings(folder):
         raise UserError(f"{path} cannot be read: {short_message(error)}") from error
 
 def parse_args(argv):
-    """The run's settings. Raises UserError for a flag that is wrong or that the run
-    would not use."""
+    """The run's settings. UserError for a flag that is wrong or not used."""
     # --group-size=4 means --group_size=4
     argv = [re.sub(r"^--[\w-]+(?==|$)", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in argv]
     given = build_parser().parse_args(argv)
@@ -303,37 +301,54 @@ def format_prompt(name, question):
 
 # ---- 3. Grading: the reward is the objective, so a wrong reward is trained towards ---
 
-DEADLINE, WORKER_MEMORY = 3.0, 2 << 30      # seconds and bytes that grading one response may take
+DEADLINE, WORKER_MEMORY = 3.0, 2 << 30  # seconds and bytes that grading one response may take
 CHARACTERS = str.maketrans({"−": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ",
                             "∪": r"\cup ", "±": r"\pm ", "≤": r"\le ", "≥": r"\ge ", "∈": r"\in "})
 UNIT = r"(?!(and|or|not|more|sin|cos|log|thousand|\w*illion|dozen)\b)([a-zA-Z]{2,}|m)\b[a-zA-Z\s,'./-]*(\^\s*\{?\d\}?)?"
-REWRITES = [        # what math-verify misreads -> what it reads; the order matters
-    (r"^(\\[(\[]|\$|\s)+|(\\[)\]]|\$|\s)+$", ""), (r"^\\f?boxed\{(.*)\}$", r"\1"),      # \[ \boxed{5} \]
-    (r"\\?[$%°]|\^\s*(\\circ|\{\s*\\circ\s*\})", ""), (r"\{,\}|,\s*\\!", ","),          # 5^\circ and 1,\!000
+REWRITES = [  # what math-verify misreads -> what it reads; the order matters
+    # \[ \boxed{5} \] -> 5
+    (r"^(\\[(\[]|\$|\s)+|(\\[)\]]|\$|\s)+$", ""), (r"^\\f?boxed\{(.*)\}$", r"\1"),
+    # $5, 5\%, 5^\circ -> 5;  1,\!000 -> 1,000
+    (r"\\?[$%°]|\^\s*(\\circ|\{\s*\\circ\s*\})", ""), (r"\{,\}|,\s*\\!", ","),
+    # 1,234,567 -> 1234567, but not in brackets, where it is a list
     (r"(?<![\d,.(\[])(?<![(\[,]-)(?<!\\\{)(\d{1,3}),(\d{3})(?:,(\d{3}))?(?![\d,])", r"\1\2\3"),
+    # layout -> a space;  x \in [0,1] -> [0,1]
     (r"(?<!\\)\\[,;:! ]|~|\\(left|right|quad|approx)(?![a-z])|^\s*[a-z]\s*\\in(?![a-z])", " "),
-    (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "), (r"infinity", r"\\infty "), (r"(?<![\\a-zA-Z])i(?![a-zA-Z])", " I "),
+    # pi, infinity and i, written as words or letters
+    (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "), (r"infinity", r"\\infty "),
+    (r"(?<![\\a-zA-Z])i(?![a-zA-Z])", " I "),
+    # √2 and sqrt(2) -> \sqrt{2}
     (r"(?:√|(?<!\\)sqrt)\s*(?:\(([^()]*)\)|(\w+))", r"\\sqrt{\1\2}"),
-    (r"\\[dt]?frac\s*(\d|\\pi)\s*(\d)", r"\\frac{\1}{\2}"), (r"(\d)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
-    (r"(\d)e([+-]?\d+)$", r"\1\\times 10^{\2}"), (r"(\d)_\{(\d+)\}", r"\1_\2"),         # 1e3 and 506_{7}
+    # \frac12 -> \frac{1}{2};  1 1/2 -> 1\frac{1}{2}
+    (r"\\[dt]?frac\s*(\d|\\pi)\s*(\d)", r"\\frac{\1}{\2}"),
+    (r"(\d)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
+    # 1e3 -> 1\times 10^{3};  506_{7} -> 506_7
+    (r"(\d)e([+-]?\d+)$", r"\1\\times 10^{\2}"), (r"(\d)_\{(\d+)\}", r"\1_\2"),
+    # \text{even} -> even;  5 cm^2 -> 5
     (r"\\(text\w*|mbox|math(rm|bf|it)|operatorname)\s*\{([^{}]*)\}", r" \3 "),
     (rf"^(\s*[-+]?[\d.,/]+|.*\}}|.*\\pi)\s+{UNIT}\s*$", r"\1"),
+    # 1 and 2, 1; 2 -> 1, 2;  5. -> 5
     (r"\s*,?\s+(and|or)\s+|\s*;\s*|\s*,\s+", ", "), (r"[\s.]*$", ""),
+    # 0.5 -> \frac{05}{10}, exactly
     (r"(?<![.\d])(\d*)\.(\d+)(?![.\d])", lambda m: rf"\frac{{{m[1] + m[2]}}}{{1{'0' * len(m[2])}}}"),
-    (r"^\s*(-?)\\[dt]?frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3"), (r"^\s*\\?\{((?:(?!\\\}).)*)\\?\}$", r"\1"),
-    (r"([^,]*)\\(?:pm|mp)(?![a-z])([^,]*)", r"\1+\2, \1-\2")]       # sets and a \pm b are lists
-UNSAFE_FOR_SYMPY = re.compile("|".join([        # or not for it: 506_7, 3:5 and words are no products
+    # \frac{1}{2} alone -> 1/2;  the sets \{1, 2\} and a \pm b are lists
+    (r"^\s*(-?)\\[dt]?frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3"),
+    (r"^\s*\\?\{((?:(?!\\\}).)*)\\?\}$", r"\1"),
+    (r"([^,]*)\\(?:pm|mp)(?![a-z])([^,]*)", r"\1+\2, \1-\2")]
+UNSAFE_FOR_SYMPY = re.compile("|".join([  # or not for it
+    # 506_7, 3:5, two numbers and words, none of which is a product
     r"\d ?[_:] ?\d|(?<![_\d])\d+\s+\d|\.\d|(?<![\\a-zA-Z])(?!arc|sqrt|[pb]matrix)[a-zA-Z]{4}|[^\x00-\x7f]",
+    # code, sums and integrals, towers of powers, factorials
     r"__|['\"]|<<|\*\*|\\(i*int|sum|prod|lim)(?![a-z])|\^[{( ]*-?(\d+ ?[\^!]|\d{5})|\d{3} ?!|! ?\)+ ?!",
-    r",.*[^a-zA-Z =,][^,=]*=|[^a-zA-Z =,][^,=]*=.*,"]))         # in a list only names have values
+    # a list in which anything but a name has a value
+    r",.*[^a-zA-Z =,][^,=]*=|[^a-zA-Z =,][^,=]*=.*,"]))
 LATEX = math_verify.LatexExtractionConfig(normalization_config=NormalizationConfig(malformed_operators=True))
 PARSE_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, SyntaxError, TypeError,
                 ValueError, sympy.polys.polyerrors.BasePolynomialError)
-logging.getLogger("math_verify").setLevel(logging.CRITICAL)     # it logs whole responses
+logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it logs whole responses
 
 def last_boxed(text):
-    r"""The content of the last \boxed{…}, which may hold braces; None if there is
-    none."""
+    r"""The content of the last \boxed{…}, which may hold braces, or None."""
     _, found, rest = text.rpartition(r"\boxed{")
     depth = 1
     for end, character in enumerate(rest if found else ""):
@@ -359,75 +374,78 @@ def bracket_shape(text):
 
 def parse_latex(text):
     """The sympy object of a normalised answer, or None."""
-    boxed = r"\boxed{%s}" % text.replace(", ", r",\ ")      # 100, 200 would be 100200
+    boxed = r"\boxed{%s}" % text.replace(", ", r",\ ")  # 100, 200 would be 100200
     if boxed == r"\boxed{%s}" % last_boxed(boxed):
         return math_verify.parse(boxed, [LATEX], fallback_mode="no_fallback", parsing_timeout=None)[0]
 
 def grade(answer, truth):
     """True where `answer` means the same as `truth` (strings, LaTeX or plain)."""
-    if max(len(answer), len(truth)) > 400:          # longer than any answer: not worth the risk
+    if max(len(answer), len(truth)) > 400:  # no answer is so long
         return answer.strip() == truth.strip() != ""
     answer, truth = normalize_answer(answer), normalize_answer(truth)
     if "" in (answer, truth):
         return False
-    if answer.count("=") != truth.count("="):       # f(x) = 2x is 2x, but 7 = 2x is not
+    if answer.count("=") != truth.count("="):
+        # f(x) = 2x is 2x, but 7 = 2x is not.
         name = r"^\\?[a-zA-Z]+(_\w)?\s*(\([^=]*\))?\s*=\s*"
         answer, truth = re.sub(name, "", answer), re.sub(name, "", truth)
+    # Words, or formulas that are spelled alike.
     if word_key(answer) == word_key(truth):
         return True
+    # Whole numbers and fractions, exactly.
     if all(re.fullmatch(r"[+-]?\d+(/0*[1-9]\d*)?", text) for text in (answer, truth)):
         return Fraction(answer) == Fraction(truth)
     if any(UNSAFE_FOR_SYMPY.search(text) for text in (answer, truth)):
         return False
     relations = [re.search(r"[<>]|\\[lg]e", text) is not None for text in (answer, truth)]
-    # Both have the same shape and are of one kind, or neither, as x > 5 and (5,\infty).
+    # Both shape and kind agree, or neither does, as with x > 5 and (5,\infty).
     if (bracket_shape(answer) == bracket_shape(truth)) != (relations[0] == relations[1]):
         return False
     try:
-        if "=" in answer + truth and "," not in answer + truth:     # is one equation a multiple of the other?
+        if "=" in answer + truth and "," not in answer + truth:
+            # Is one equation a multiple of the other?
             answer, truth = (parse_latex("{}-({})".format(*text.split("=", 1))) for text in (answer, truth))
             ratio = sympy.cancel(answer / truth)
             return bool(ratio.is_number and ratio.is_nonzero)
         answer, truth = parse_latex(answer), parse_latex(truth)
-        if all(isinstance(value, sympy.Expr) and value.is_number and value.is_finite for value in (answer, truth)):
+        values = [v for v in (answer, truth) if isinstance(v, sympy.Expr)]
+        if len(values) == 2 and all(v.is_number and v.is_finite for v in values):
+            # Other numbers: the same to 40 decimal places.
             return bool(abs(sympy.N(answer - truth, 50)) < 1e-40)
-        return math_verify.verify(truth, answer, allow_set_relation_comp=True, timeout_seconds=None)
+        # Formulas, sets, intervals, tuples, matrices.
+        return math_verify.verify(
+            truth, answer, allow_set_relation_comp=True, timeout_seconds=None)
     except PARSE_ERRORS:
         return False
 
 def extract_answer(response):
-    """"12" of " 7+5=12 </think> <answer> 12 </answer>"; None in any other format."""
+    """"12" of " 7+5=12 </think> <answer> 12 </answer>"; else None."""
     if any(response.count(tag) != 1 for tag in ("</think>", "<answer>", "</answer>")):
         return None
     match = re.search(r"</think> <answer>(.*)</answer>\s*$", response, re.DOTALL)
     return match[1].strip() if match else None
 
 def reward_dict(answer, truth):
-    """The rewards, 0.0 or 1.0, of an extracted answer or None: [R1] section 2.2.2, no
-    format bonus."""
+    """The rewards of an extracted answer or None: [R1] 2.2.2 without format bonus."""
     right = float(answer is not None and grade(answer, truth))
     return {"reward": right, "format_reward": float(answer is not None), "answer_reward": right}
 
 def r1_zero_reward_fn(response, ground_truth):
-    """Stricter than CS336's grader: one answer, no sentence around it; brackets and
-    order count."""
+    """Stricter than CS336's grader: one bare answer; brackets and order count."""
     return reward_dict(extract_answer(response), ground_truth)
 
 def question_only_reward_fn(response, ground_truth):
-    r"""The same for a response to the bare question: the answer is the last
-    \boxed{}."""
+    r"""The same for the bare question: the answer is in the last \boxed{}."""
     return reward_dict(last_boxed(response), ground_truth)
 
 def reward_fn_and_stop(prompt_name):
-    """(reward function, stop string); without a stop string a response ends with the
-    EOS token."""
+    """(reward function, stop string); None: a response ends with EOS alone."""
     if prompt_name == "question_only":
         return question_only_reward_fn, None
     return r1_zero_reward_fn, "</answer>"
 
 def start_worker():
-    """Bounds a new worker's memory, leaves signals to its parent and lets it end with
-    its parent."""
+    """Bounds a new worker's memory and leaves signals and its end to its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches every process,
     signal.signal(signal.SIGTERM, signal.SIG_IGN)       # and so does a scheduler's SIGTERM
     if sys.platform == "linux":
@@ -435,13 +453,12 @@ def start_worker():
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + WORKER_MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 @functools.cache
 def grading_pool():
-    """Worker processes, started once: sympy can hang or take all memory, and processes
-    can be killed."""
-    pebble.CONSTS.term_timeout = 0.1        # seconds from SIGTERM, which workers ignore, to SIGKILL
+    """Worker processes, to be killed when sympy hangs or takes all memory."""
+    pebble.CONSTS.term_timeout = 0.1  # seconds from SIGTERM, which workers ignore, to SIGKILL
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     workers = max(1, min(os.cpu_count() // WORLD_SIZE, 16))
     pool = pebble.ProcessPool(workers, initializer=start_worker, context=context)
@@ -449,17 +466,16 @@ def grading_pool():
     return pool
 
 def grade_responses(reward_fn, responses, truths):
-    """(the reward dict of every response, how many could not be graded: those score
-    0)."""
+    """(reward dicts, how many responses could not be graded: those score 0)."""
     def grade_share(pairs):
         if not grading_pool().active:
             grading_pool.cache_clear()
         futures = [grading_pool().schedule(reward_fn, args=pair, timeout=DEADLINE) for pair in pairs]
         results = [repr(f.exception()) if f.exception() else f.result() for f in futures]
-        # A worker that died while idle has ended the pool: grade again with a new one.
+        # A worker that died while idle has ended the pool: start another, grade again.
         return results if grading_pool().active else grade_share(pairs)
 
-    pickle.dumps(reward_fn)             # an error here says why it cannot go to a worker
+    pickle.dumps(reward_fn)  # an error here says why it cannot go to a worker
     results = map_over_ranks(grade_share, list(zip(responses, truths, strict=True)))
     errors = [result for result in results if isinstance(result, str)]
     hopeless = len(errors) == len(results) >= 32
@@ -469,8 +485,8 @@ def grade_responses(reward_fn, responses, truths):
 # ---- 4. Data: JSON lines in, dicts out -----------------------------------------------
 
 def read_jsonl(path, required):
-    """The dicts of a JSON-lines file, each with its "line" and texts under all keys of
-    one tuple in `required`."""
+    """The dicts of a JSON-lines file; `required`: tuples of keys, one of which has to
+    be there as a whole, with texts."""
     records, wanted = [], " or ".join(" and ".join(map(repr, keys)) for keys in required)
     for i, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
         if not line.strip():
@@ -504,7 +520,7 @@ def load_problems(run, path, at_least=1):
     return problems
 
 def load_traces(path, prompt_name, reward_fn):
-    """SFT traces {"prompt", "response"}; a "problem" gets the prompt that RL uses."""
+    """SFT traces {"prompt", "response"}; a "problem" gets RL's prompt."""
     traces = read_jsonl(path, [("problem", "response"), ("prompt", "response")])
     for trace in traces:
         check(reward_fn(trace["response"], "")["format_reward"],
@@ -523,19 +539,18 @@ def batch_token_ids(prompt_ids, response_ids, pad_id):
                                            response_mask  0  1  1     the labels that the policy chose
 
     The mask comes from the lengths: a pad id is a token like any other. Attention is
-    causal: no real token looks at the padding on its right, and the model needs no
-    attention mask.
+    causal: no real token looks at the padding on its right, so no attention mask is
+    needed.
     """
     pairs = list(zip(prompt_ids, response_ids, strict=True))
     ids = [torch.tensor(prompt + response) for prompt, response in pairs]
     mask = [torch.arange(len(prompt + response)) >= len(prompt) for prompt, response in pairs]
-    ids = pad_sequence(ids, batch_first=True, padding_value=pad_id)     # (B, T + 1)
+    ids = pad_sequence(ids, batch_first=True, padding_value=pad_id)  # (B, T + 1)
     mask = pad_sequence(mask, batch_first=True)
     return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "response_mask": mask[:, 1:]}
 
 def tokenize_prompt_and_output(prompt_strs, output_strs, tokenizer):
-    """batch_token_ids of texts, tokenised apart: their border is a token border, as in
-    sampling."""
+    """batch_token_ids of texts, tokenised apart: their border is one of tokens."""
     prompt_ids = tokenizer(prompt_strs)["input_ids"]
     output_ids = tokenizer(output_strs, add_special_tokens=False)["input_ids"]
     pad_id = tokenizer.pad_token_id
@@ -544,14 +559,15 @@ def tokenize_prompt_and_output(prompt_strs, output_strs, tokenizer):
 # ---- 6. Log-probs and entropy: what the policy thinks of each token ------------------
 
 def compute_entropy(logits):
-    """Entropy of the next-token distribution in nats: (B, T, V) -> (B, T), float32."""
-    return torch.special.entr(logits.float().softmax(dim=-1)).sum(dim=-1)   # entr(p) = -p log p
+    """Entropy of the next token in nats: (B, T, V) -> (B, T), float32."""
+    p = logits.float().softmax(dim=-1)
+    return torch.special.entr(p).sum(dim=-1)  # entr(p) = −p log p
 
 def get_response_log_probs(model, input_ids, labels, return_token_entropy=False, temperature=1.0):
     """log π(label | tokens before it), (B, T) in nats, at prompt and padding, too: mask
     them in the loss. The definition; training uses get_packed_log_probs, the same for
     less work."""
-    logits = model(input_ids, use_cache=False).logits.float() / temperature   # (B, T, V)
+    logits = model(input_ids, use_cache=False).logits.float() / temperature  # (B, T, V)
     log_probs = logits.log_softmax(dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     if not return_token_entropy:
         return {"log_probs": log_probs}
@@ -561,19 +577,22 @@ def pack(pairs, device):
     """Packs B pairs (prompt ids, response ids) into M tokens without padding, a prompt
     once for all of its responses, though each is trained on as prompt + response:
 
-        prompt [5, 6] with responses [7, 8] and [9, 4, 2]       packed  5  6  7  9  4
-        rows: the packed place of each token of a row           [0, 1, 2, -]  and  [0, 1, 3, 4]
-        places: where in rows, flat, each packed token stands   0  1  2  6  7
+        prompt [5, 6] with responses [7, 8] and [9, 4, 2]
+        packed: the tokens that go through the model          5  6  7  9  4
+        rows: the packed place of each token of a row         [0, 1, 2, -], [0, 1, 3, 4]
+        places: where in rows, flat, each packed token is     0  1  2  6  7
 
     Attention alone sees rows; all else works token by token. A response's last token
     predicts nothing: left out. Returns the model's arguments and the packed places that
     predict a response token."""
     ids, stands, rows, predictors, prompts = [], [], [], [], {}
     for i, (prompt, response) in enumerate(pairs):
-        known, start = prompts.get(tuple(prompt), []), len(ids)
+        known = prompts.get(tuple(prompt), [])  # places of a prompt that is packed
+        start = len(ids)
         ids += (prompt + response[:-1])[len(known):]
         row = known + list(range(start, len(ids)))
         prompts[tuple(prompt)] = row[:len(prompt)]
+        # A token is predicted where the one before it stands.
         predictors += row[len(prompt) - 1:][:len(response)]
         stands += [(i, t) for t in range(len(known), len(row))]
         rows.append(torch.tensor(row))
@@ -589,49 +608,49 @@ def use_flash_attn(query):
     return flash_attn_func and query.is_cuda and query.dtype == torch.bfloat16
 
 def packed_attention(module, query, key, value, *_, scaling=None, rows=None, places=None, cache=None, **more):
-    """What transformers calls in each layer: query, key, value (1, heads, M, D) -> (1,
-    M, heads, D). Without rows these are whole sequences, (B, heads, T, D), or a
-    PrefixCache's newest tokens."""
+    """What transformers calls in each layer: (1, heads, M, D) -> (1, M, heads, D).
+    Without rows these are whole sequences, (B, heads, T, D), or a PrefixCache's newest
+    tokens."""
     other = [name for name in ("softcap", "s_aux") if more.get(name) is not None]
     check(not other, f"--model has attention with {other}, which section 6 does not compute")
-    query, key = query.to(value.dtype), key.to(value.dtype)     # autocast leaves rotated ones float32
+    # Autocast leaves queries and keys, which have been rotated, in float32.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if rows is None and cache is not None:
         return cache.attend(module.layer_idx, query, key, value, scaling), None
-    if rows is not None:        # -> (B, heads, longest, D)
+    if rows is not None:  # -> (B, heads, longest, D)
         query, key, value = (tensor[0].transpose(0, 1).index_select(0, rows.flatten())
                              .unflatten(0, rows.shape).transpose(1, 2) for tensor in (query, key, value))
-    if cache is not None:
+    if cache is not None:  # sampling begins: these are the prompts
         cache.prompts[module.layer_idx] = key, value
     if use_flash_attn(query):
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         output = flash_attn_func(query, key, value, softmax_scale=scaling, causal=True)
     else:
-        groups = query.shape[1] // key.shape[1]     # query heads that share a key head
+        groups = query.shape[1] // key.shape[1]  # query heads that share a key head
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
         # On a CPU the backward pass in bfloat16 is slow.
         wide = torch.float32 if query.device.type == "cpu" else query.dtype
         with torch.autocast(query.device.type, enabled=False):
-            output = F.scaled_dot_product_attention(query.to(wide), key.to(wide), value.to(wide),
-                                                    is_causal=True, scale=scaling)
-        output = output.to(query.dtype).transpose(1, 2)     # (B, longest, heads, D)
-    if rows is not None:
+            output = F.scaled_dot_product_attention(
+                query.to(wide), key.to(wide), value.to(wide), is_causal=True, scale=scaling)
+        output = output.to(query.dtype).transpose(1, 2)  # (B, longest, heads, D)
+    if rows is not None:  # -> (1, M, heads, D)
         output = output.flatten(0, 1).index_select(0, places)[None]
     return output, None
 
 AttentionInterface.register("packed", packed_attention)
-torch.backends.cuda.enable_cudnn_sdp(False)         # it plans anew for the shape of nearly every batch
-MAX_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 27}      # that ChunkedLogProbs holds at a time
+torch.backends.cuda.enable_cudnn_sdp(False)     # it plans anew for each new shape
+MAX_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 27}  # that ChunkedLogProbs holds at a time
 
 def head_logits(hidden, head):
-    """hidden · headᵀ, (n, D), (V, D) -> (n, V), float32: bfloat16 rounds logits of 20
-    to 30 by up to 0.06."""
+    """hidden · headᵀ, (n, V), float32: bfloat16 rounds one of 30 by up to 0.06."""
     if hidden.is_cuda and hidden.dtype == torch.bfloat16:
         return torch.mm(hidden, head.T, out_dtype=torch.float32)
     return (hidden @ head.T).float()
 
 class ChunkedLogProbs(torch.autograd.Function):
-    """log softmax(hidden · headᵀ)[label] and its entropy without ever holding all
-    logits, the largest tensor of a run by far. The backward pass computes them again: ∂
+    """log softmax(hidden · headᵀ)[label] and its entropy, without ever holding all
+    logits, by far the largest tensor of a run. The backward pass computes them again: ∂
     log p(label) / ∂ logit = 1[label] − p."""
 
     @staticmethod
@@ -644,13 +663,13 @@ class ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, head, labels):
-        """(M, D), (V, D), (M,) -> log-probs and, without a gradient, entropies (M,)."""
+        """(M, D), (V, D), (M,) -> log-probs (M,), and entropies without gradient."""
         normalizers, label_logits, entropies = torch.empty(3, len(hidden), device=hidden.device)
         for rows, logits in ChunkedLogProbs.chunks(hidden, head.to(hidden.dtype)):
             label_logits[rows] = logits.gather(1, labels[rows, None]).squeeze(1)
             largest = logits.amax(dim=1)
             exp = logits.sub_(largest[:, None]).exp()
-            total = exp.sum(dim=1)      # p = exp / total
+            total = exp.sum(dim=1)  # p = exp / total
             normalizers[rows] = largest + total.log()
             entropies[rows] = total.log() - exp.mul_(logits).sum(dim=1) / total
         ctx.save_for_backward(hidden, head, labels, normalizers)
@@ -663,13 +682,14 @@ class ChunkedLogProbs(torch.autograd.Function):
         cast_head = head.to(hidden.dtype)
         grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head)
         for rows, logits in ChunkedLogProbs.chunks(hidden, cast_head):
-            grad_logits = logits.sub_(normalizers[rows, None]).exp_().mul_(-grad[rows, None])
+            p = logits.sub_(normalizers[rows, None]).exp_()
+            grad_logits = p.mul_(-grad[rows, None])  # −p, and 1 − p at the label
             grad_logits.scatter_add_(1, labels[rows, None], grad[rows, None])
             grad_logits = grad_logits.to(hidden.dtype)
             torch.mm(grad_logits, cast_head, out=grad_hidden[rows])
             if hidden.dtype == head.dtype:
                 grad_head.addmm_(grad_logits.T, hidden[rows])
-            else:       # sums stay float32
+            else:  # sums stay float32
                 grad_head += grad_logits.T @ hidden[rows]
         return grad_hidden, grad_head, None
 
@@ -681,7 +701,8 @@ def get_packed_log_probs(model, pairs, temperature=1.0, dtype="float32"):
     packed, predictors = pack(pairs, device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         hidden = model.base_model(use_cache=False, **packed).last_hidden_state[0]
-    hidden = hidden.index_select(0, predictors) / temperature       # (n, D); logits are linear in it
+    # (n, D) for the n response tokens; logits are linear in it.
+    hidden = hidden.index_select(0, predictors) / temperature
     labels = torch.tensor([token for _, response in pairs for token in response], device=device)
     values = ChunkedLogProbs.apply(hidden.to(dtype), model.get_output_embeddings().weight, labels)
     ones = [torch.ones(len(response), dtype=torch.bool) for _, response in pairs]
@@ -704,7 +725,8 @@ def get_packed_log_probs(model, pairs, temperature=1.0, dtype="float32"):
 def masked_normalize(tensor, mask, normalize_constant, dim=None):
     """Sum of the elements under the mask over `dim` (all if None), divided by a
     constant."""
-    return torch.where(mask.bool(), tensor, 0).sum(dim) / normalize_constant    # not *: a masked inf would become nan
+    # Not tensor * mask: a masked inf would become nan.
+    return torch.where(mask.bool(), tensor, 0).sum(dim) / normalize_constant
 
 def masked_mean(tensor, mask, dim=None):
     """Mean of the elements under the mask over `dim` (all if None); nan where the mask
@@ -721,7 +743,7 @@ def sft_microbatch_train_step(policy_log_probs, response_mask, gradient_accumula
     Returns (loss, metadata): the scaled loss that was back-propagated, a scalar, and
     the number of response tokens.
     """
-    per_sequence = masked_normalize(-policy_log_probs, response_mask, normalize_constant, dim=-1)       # (B,)
+    per_sequence = masked_normalize(-policy_log_probs, response_mask, normalize_constant, dim=-1)  # (B,)
     loss = per_sequence.mean() / gradient_accumulation_steps
     loss.backward()
     return loss.detach(), {"response_tokens": response_mask.sum()}
@@ -744,7 +766,7 @@ def compute_group_normalized_rewards(reward_fn, rollout_responses, repeated_grou
         raise ValueError(f"{len(rollout_responses)} responses cannot be normalised in groups of {group_size}")
     rewards, failures = grade_responses(reward_fn, rollout_responses, repeated_ground_truths)
     raw_rewards = torch.tensor([reward["reward"] for reward in rewards])
-    groups = raw_rewards.view(-1, group_size)                               # (prompts, G)
+    groups = raw_rewards.view(-1, group_size)  # (prompts, G)
     advantages = groups - groups.mean(dim=1, keepdim=True)
     if normalize_by_std:
         advantages /= groups.std(dim=1, keepdim=True) + advantage_eps
@@ -832,8 +854,8 @@ def grpo_microbatch_train_step(
     if token_weights is not None:
         per_token = per_token * token_weights
     if normalize_constant is None:
-        per_sequence = masked_mean(per_token, response_mask, dim=-1)        # (B,)
-        per_sequence = torch.where(response_mask.bool().any(dim=-1), per_sequence, 0)       # an empty mean is 0/0
+        per_sequence = masked_mean(per_token, response_mask, dim=-1)  # (B,)
+        per_sequence = torch.where(response_mask.bool().any(dim=-1), per_sequence, 0)  # an empty mean is 0/0
     else:
         per_sequence = masked_normalize(per_token, response_mask, normalize_constant, dim=-1)
     loss = per_sequence.mean() / gradient_accumulation_steps
@@ -843,45 +865,43 @@ def grpo_microbatch_train_step(
 # ---- 8. Sampling ---------------------------------------------------------------------
 
 def seed_for(seed, step, purpose):
-    """A seed for one draw. There is no generator whose state a checkpoint would have to
-    hold."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{purpose}".encode()).digest()[:7], "big")
+    """A seed for one draw: a checkpoint has no generator's state to hold."""
+    digest = hashlib.sha256(f"{seed}/{step}/{purpose}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
 
 @dataclasses.dataclass
 class Rollout:
     """One sampled response."""
     prompt_ids: list        # token ids
-    response_ids: list      # the sampled ids, end-of-sequence included; training uses these
-    log_probs: list         # of those tokens under the sampling distribution, nats
-    text: str               # what they decode to, up to the stop string's end; grading uses this
-    finish_reason: str      # "stop": ended by itself; "length": cut at max_tokens
+    response_ids: list      # the sampled ids with EOS; training uses these
+    log_probs: list         # of these ids when they were sampled, nats
+    text: str               # up to the stop string's end; grading uses this
+    finish_reason: str      # "stop": ended by itself; "length": cut
 
 class PrefixCache:
-    """Keys and values while P prompts get n equally long responses each; a prompt's
-    stand here once."""
+    """Keys and values of P prompts, each once, and of n responses to each."""
 
     def __init__(self, n, prompt_lengths):
-        self.n, self.t = n, 0           # t: the place of the responses' newest token
-        self.prompts = {}               # layer: keys and values, (P, kv_heads, longest, D)
-        self.responses = {}             # layer: the same, (2, P, kv_heads, n, room, D)
+        self.n, self.t = n, 0       # t: the place of the responses' newest token
+        self.prompts = {}           # layer: keys and values, (P, kv_heads, longest, D)
+        self.responses = {}         # layer: the same, (2, P, kv_heads, n, room, D)
         columns = torch.arange(int(prompt_lengths.max()), device=prompt_lengths.device)
-        self.padding = (columns >= prompt_lengths[:, None])[:, None, None, None]      # (P, 1, 1, 1, longest)
+        padding = columns >= prompt_lengths[:, None]
+        self.padding = padding[:, None, None, None]     # (P, 1, 1, 1, longest)
 
     def attend(self, layer, query, key, value, scaling):
-        """Attention of the responses' newest tokens: (1, heads, P·n, D) -> (1, P·n,
-        heads, D)."""
+        """Attention of the newest tokens: (1, heads, P·n, D) -> (1, P·n, heads, D)."""
         prompt_keys, prompt_values = self.prompts[layer]
         n_prompts, kv_heads, longest, width = prompt_keys.shape
         # (P, kv_heads, n, heads that share a key head, D)
         query, key, value = (tensor.view(kv_heads, -1, n_prompts, self.n, width).permute(2, 0, 3, 1, 4)
                              for tensor in (query, key, value))
         new = torch.stack([key, value])
-        if self.t % 64 == 0:            # make room for 64 more tokens
+        if self.t % 64 == 0:  # make room for 64 more tokens
             self.responses[layer] = F.pad(self.responses.get(layer, new[..., :0, :]), (0, 0, 0, 64))
         self.responses[layer][..., self.t:self.t + 1, :] = new
         keys, values = self.responses[layer][..., :self.t + 1, :]
-        # All responses to a prompt read its keys in one product; one softmax goes over
-        # both parts.
+        # One product for all responses to a prompt, one softmax over both parts.
         scores = (query.flatten(2, 3) @ prompt_keys.mT).unflatten(2, query.shape[2:4])
         scores = torch.cat([scores.masked_fill_(self.padding, -math.inf), query @ keys.mT], dim=-1)
         prompt_weights, weights = scores.mul_(scaling).softmax(dim=-1).tensor_split([longest], dim=-1)
@@ -890,20 +910,29 @@ class PrefixCache:
 
     def drop_finished(self, live):
         """Drops finished responses once they are many, leaving each prompt as many as
-        the one with most live ones has. live (P·n,). Returns the rows that stay."""
+        the one with most live ones has. live (P·n,). Returns what rows stay."""
         live = live.view(-1, self.n)
-        prompts = live.any(dim=1).nonzero()[:, 0]                       # (P',)
+        prompts = live.any(dim=1).nonzero()[:, 0]  # (P',)
         most = int(live.sum(dim=1).max())
         if not self.responses or len(prompts) * most > 0.75 * live.numel():
             return torch.arange(live.numel(), device=live.device)
+        # Of each prompt its live responses, then finished ones to fill up.
         columns = live[prompts].sort(dim=1, descending=True, stable=True).indices[:, :most]
         for layer in self.prompts:
             self.prompts[layer] = [tensor[prompts] for tensor in self.prompts[layer]]
             room = self.responses[layer].transpose(2, 3)[:, prompts[:, None], columns]
             self.responses[layer] = room.transpose(2, 3)
-        kept = prompts[:, None] * self.n + columns                      # (P', n')
+        kept = prompts[:, None] * self.n + columns  # (P', n')
         self.n, self.padding = most, self.padding[prompts]
         return kept.flatten()
+
+def draw_tokens(logits, uniform, temperature):
+    """Where uniform numbers fall in the cumulated distributions, (rows, 1)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    # In float32 a GPU's sum of 150,000 entries would not rise at each.
+    cumulated = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    return torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)
 
 class TorchSampler:
     """Samples with the training model, or with a copy of it in another dtype."""
@@ -914,27 +943,23 @@ class TorchSampler:
 
     @torch.no_grad()
     def load_weights(self, model):
-        """Takes over the model's weights as they are now."""
+        """The weight sync. Returns what it samples with now, {name: tensor}."""
         if model.dtype == self.dtype:
             self.model = model
-            return
-        if self.model is None:
-            config = AutoConfig.for_model(**model.config.to_dict())     # from_config writes into it
+        elif self.model is None:
+            config = AutoConfig.for_model(**model.config.to_dict())  # from_config writes into it
             with model.device:
                 self.model = AutoModelForCausalLM.from_config(
                     config, dtype=self.dtype, attn_implementation="packed").eval()
-        for own, parameter in zip(self.model.parameters(), model.parameters(), strict=True):
-            own.copy_(parameter)
-
-    def served_weights(self):
-        """{name: tensor} of the weights that it samples with, in its own dtype."""
-        return dict(self.model.named_parameters())
+        served = dict(self.model.named_parameters())
+        for name, parameter in model.named_parameters():
+            served[name].copy_(parameter)  # nothing to do where it is the model itself
+        return served
 
     @torch.no_grad()
     def generate(self, prompt_ids, n, seeds, temperature, max_tokens, min_tokens, stop):
         """n Rollouts for each prompt (a list of ids), those of one prompt together.
-        seeds: one per prompt; temperature 0: greedy; stop: a string that ends a
-        response, or None."""
+        seeds: one per prompt; temperature 0: greedy; stop: a string or None."""
         size = max(1, self.batch_size // n)
         if len(prompt_ids) > size:
             settings = temperature, max_tokens, min_tokens, stop
@@ -942,40 +967,37 @@ class TorchSampler:
                     self.generate(prompt_ids[i:i + size], n, seeds[i:i + size], *settings)]
         device, eos = self.model.device, self.tokenizer.eos_token_id
         completes = stop and StopStringCriteria(self.tokenizer, [stop])
-        # A response's token t is where draws[t] falls in the cumulated distribution. So
-        # it depends on its prompt's seed and its number among the prompt's responses,
-        # not on what shares its batch.
+        # For each response a uniform number per token: these depend on its prompt's
+        # seed and its number among the prompt's responses, not on the batch.
         draws = [torch.rand(n, max_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
         draws = torch.cat(draws).to(device).clamp(max=1 - 1e-6)
         ids, log_probs = torch.zeros_like(draws, dtype=torch.long), torch.zeros_like(draws)
-        rows = torch.arange(len(draws), device=device)      # the response in each row of the batch
-        lengths = torch.zeros_like(rows)                    # of the responses; 0: not ended
+        rows = torch.arange(len(draws), device=device)  # the response in each row
+        lengths = torch.zeros_like(rows)                # of responses; 0: not ended
         prompt_lengths = torch.tensor([len(prompt) for prompt in prompt_ids], device=device)
+        # 1. Each prompt goes through the model once, and pack leaves the 0 out.
         cache = PrefixCache(n, prompt_lengths)
-        packed, last = pack([(prompt, [0]) for prompt in prompt_ids], device)       # leaves the 0 out
+        packed, last = pack([(prompt, [0]) for prompt in prompt_ids], device)
         hidden = self.model.base_model(use_cache=False, cache=cache, **packed).last_hidden_state[0]
-        hidden = hidden[last].repeat_interleave(n, dim=0)
+        hidden = hidden[last].repeat_interleave(n, dim=0)   # (rows, D)
+        head = self.model.get_output_embeddings().weight    # (V, D)
         for t in range(max_tokens):
-            logits = head_logits(hidden, self.model.get_output_embeddings().weight) / (temperature or 1.0)
-            normalizer = logits.logsumexp(dim=-1, keepdim=True)         # before EOS is banned
+            # 2. Draw token t of the responses.
+            logits = head_logits(hidden, head) / (temperature or 1.0)
+            normalizer = logits.logsumexp(dim=-1, keepdim=True)  # before EOS is banned
             if t < min_tokens:
                 logits[:, eos] = -math.inf
-            if temperature == 0:
-                token = logits.argmax(dim=-1, keepdim=True)             # (rows, 1)
-            else:
-                # In float32 a GPU's sums of 150,000 entries would not rise from each
-                # entry to the next.
-                cumulated = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-                drawn = draws[rows, t:t + 1] * cumulated[:, -1:]
-                token = torch.searchsorted(cumulated, drawn, right=True)
+            token = draw_tokens(logits, draws[rows, t:t + 1], temperature)
             ids[rows, t:t + 1] = token
             log_probs[rows, t:t + 1] = logits.gather(1, token) - normalizer
+            # 3. A response ends with EOS or the stop string.
             ends = token[:, 0] == eos
             if stop and t + 1 >= min_tokens:
                 ends |= completes(ids[rows, max(0, t + 1 - len(stop)):t + 1], None)
             lengths[rows[ends & (lengths[rows] == 0)]] = t + 1
             if t + 1 == max_tokens or lengths.all():
                 break
+            # 4. Go on with the others.
             kept = cache.drop_finished(lengths[rows] == 0)
             rows, token = rows[kept], token[kept]
             positions = prompt_lengths[rows // n] + t
@@ -986,15 +1008,15 @@ class TorchSampler:
         for i, length in enumerate(lengths.tolist()):
             response = ids[i, :length or max_tokens].tolist()
             text = self.tokenizer.decode(response, skip_special_tokens=True)
-            if length and response[-1] != eos:      # the last token may go on after the stop string
+            if length and response[-1] != eos:
+                # The last token may go on after the stop string.
                 text = text[:text.rindex(stop) + len(stop)]
             rollouts.append(Rollout(prompt_ids[i // n], response, log_probs[i, :len(response)].tolist(),
                                     text, "stop" if length else "length"))
         return rollouts
 
 class VLLMSampler:
-    """Samples with vLLM in this process. All that depends on its version is here:
-    0.32.0."""
+    """Samples with vLLM 0.32.0 in this process. All that depends on it is here."""
 
     def __init__(self, args, tokenizer):
         self.tokenizer, self.sleeps, on_cpu = tokenizer, args.vllm_sleep, args.device == "cpu"
@@ -1018,38 +1040,33 @@ class VLLMSampler:
                             "(CPU: VLLM_CPU_KVCACHE_SPACE), pip install vllm==0.32.0, --sampler torch") from error
 
     def load_weights(self, model):
-        """The weight sync, parameter by parameter in memory; drops keys and values of
-        old weights."""
-        self.llm.wake_up(tags=["weights"])      # later it would bring old ones back; no-op if awake
+        """The weight sync, in memory. Returns what it samples with now."""
+        self.llm.wake_up(tags=["weights"])  # later it would bring old ones back; no-op if awake
         try:
             weights = ((name, parameter.detach()) for name, parameter in model.named_parameters())
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             if model.device.type == "cpu" and model.config.tie_word_embeddings:
-                # vLLM there multiplies by a packed copy of the head, which the sync
-                # leaves as it was.
-                self.llm.apply_model(lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head))
+                # There vLLM multiplies by a packed copy of the head: pack it again.
+                self.llm.apply_model(
+                    lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head))
         except (AttributeError, TypeError, NotImplementedError) as error:
             raise UserError(f"the weight sync needs vllm==0.32.0: {short_message(error)}") from error
         self.llm.wake_up(tags=["kv_cache"])
         check(self.llm.reset_prefix_cache(), "vLLM kept its prefix cache after a weight sync")
-
-    def served_weights(self):
-        """{name: tensor} of the weights that it samples with, in its own dtype."""
         return self.llm.apply_model(lambda model: dict(model.named_parameters()))[0]
 
     def generate(self, prompt_ids, n, seeds, temperature, max_tokens, min_tokens, stop):
-        """As TorchSampler.generate. Each response is a request; prefix caching shares
-        the prompts."""
+        """As TorchSampler.generate; each response is a request of its own."""
         from vllm import SamplingParams
         prompts = [{"prompt_token_ids": ids} for ids in prompt_ids for _ in range(n)]
         params = [SamplingParams(
             seed=seed_for(seed, i, "request"), temperature=temperature, max_tokens=max_tokens,
             min_tokens=min_tokens, logprobs=0, flat_logprobs=True, stop=stop, include_stop_str_in_output=True,
-            stop_token_ids=[self.tokenizer.eos_token_id], ignore_eos=True)      # the model may list more ends
+            stop_token_ids=[self.tokenizer.eos_token_id], ignore_eos=True)  # the model may list more ends
             for seed in seeds for i in range(n)]
         requests = self.llm.generate(prompts, params, use_tqdm=False)
         if self.sleeps:
-            self.llm.sleep(level=2)                     # drops the weights: each sync brings new ones
+            self.llm.sleep(level=2)  # drops the weights: each sync brings new ones
         return [Rollout(request.prompt_token_ids, list(output.token_ids), output.logprobs.logprobs,
                         output.text, output.finish_reason)
                 for request in requests for output in request.outputs]
@@ -1068,23 +1085,23 @@ def pad_log_probs(rollouts):
     """The log-probs of the rollouts' sampler, (N, T)."""
     return pad_sequence([torch.tensor(rollout.log_probs) for rollout in rollouts], batch_first=True)
 
-# The most expensive silent bug of this field is a sampler with stale weights. So its
-# weights are compared with the trainer's, exactly, and its log-probs within (mean, max)
-# nats.
+# The most expensive silent bug of this field: a sampler with stale weights. So its
+# weights are compared with the trainer's, and its log-probs within (mean, max) nats.
 GAP_LIMITS = {"float32": (1e-3, 1e-2), "bfloat16": (0.15, math.inf)}
-FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}      # by vLLM
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"],    # by vLLM
+         "gate_up_proj": ["gate_proj", "up_proj"]}
 
 def check_weights(model, served):
-    """UserError unless the sampler's weights {name: tensor} are the trainer's, cast to
-    their dtype, to the last bit. To be called right after load_weights: a sleeping vLLM
-    has none."""
+    """UserError unless the weights that load_weights returned are the trainer's, cast
+    to their dtype, to the last bit."""
     ours, compared = dict(model.named_parameters()), 0
     for name, own in served.items():
         layer = name.split(".")[-2]
         names = [name] + [name.replace(layer, part) for part in FUSED.get(layer, [])]
         weights = [ours[name] for name in names if name in ours]
         heights = list(map(len, weights))
-        total = sum(heights)        # vLLM pads the vocabulary, and on a CPU it repacks matrices
+        total = sum(heights)
+        # vLLM pads the vocabulary, and on a CPU it repacks matrices.
         if total and own[:total].shape == (total, *weights[0].shape[1:]):
             parts = zip(own[:total].split(heights), weights)
             same = all(torch.equal(part, weight.to(own.dtype)) for part, weight in parts)
@@ -1094,24 +1111,23 @@ def check_weights(model, served):
         print("the sampler's weights have other names: only its log-probs are compared", flush=True)
 
 def check_sampler(run, rollouts, temperature):
-    """(mean, max) of |log π − log π_sampler| over the tokens, in nats; UserError where
-    it is too large."""
+    """(mean, max) of |log π − log π_sampler|, in nats; UserError if too large."""
     pairs = [(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts]
     with torch.no_grad():
         ours, _, mask = get_packed_log_probs(run.model, pairs, temperature, run.args.dtype)
-    mask[:, :run.args.sampling_min_tokens] = False      # there vLLM's are of a distribution without EOS
+    # While EOS is banned, vLLM's are those of a distribution without it.
+    mask[:, :run.args.sampling_min_tokens] = False
     gaps = (ours - pad_log_probs(rollouts).to(ours.device))[mask].abs()
     mean, largest = (gaps.mean().item(), gaps.max().item()) if len(gaps) else (0.0, 0.0)
     # On a GPU vLLM multiplies even float32 in TF32.
     limits = GAP_LIMITS["bfloat16" if run.args.device == "cuda" else run.args.dtype]
-    close = mean <= limits[0] and largest <= limits[1]      # false for nan, too
+    close = mean <= limits[0] and largest <= limits[1]  # false for nan, too
     check(close, f"the sampler has stale or wrong weights: log-probs off by {mean=:.2g} {largest=:.2g} nats")
     return mean, largest
 
 def sample(run, problems, n, step, purpose, temperature):
     """n Rollouts per problem from the policy as it is now, and the problem of each.
-    Each rank samples for its share of the problems. purpose: "train" or "eval", the
-    first part of metrics' names."""
+    purpose: "train" or "eval", the first part of metrics' names."""
     args = run.args
 
     def sample_share(numbers):
@@ -1121,11 +1137,10 @@ def sample(run, problems, n, step, purpose, temperature):
                                         args.sampling_min_tokens, run.stop)
         return [rollouts[i:i + n] for i in range(0, len(rollouts), n)]
 
-    run.sampler.load_weights(run.model)
-    check_weights(run.model, run.sampler.served_weights())
+    check_weights(run.model, run.sampler.load_weights(run.model))
     rollouts = sum(map_over_ranks(sample_share, range(len(problems))), [])
     if temperature > 0:
-        few = rollouts[::n][:max(4, WORLD_SIZE)]        # at least one of each rank's sampler
+        few = rollouts[::n][:max(4, WORLD_SIZE)]  # at least one of each rank's sampler
         mean, largest = check_sampler(run, few, temperature)
         run.log(f"{purpose}/sampler_gap", mean)
         run.log(f"{purpose}/sampler_gap_max", largest)
@@ -1138,9 +1153,8 @@ def sample(run, problems, n, step, purpose, temperature):
 # ---- 9. Evaluation -------------------------------------------------------------------
 
 def lenient_reward_fn(response, ground_truth):
-    """1 where the right answer is in the last tag, box or number, whatever the format
-    around it. For evaluation: a rise in accuracy that this does not share is a gain in
-    format alone."""
+    """1 where the right answer is in the last tag, box or number, in whatever format. A
+    rise in accuracy that this does not share is one of format alone."""
     end = response[-2000:]
     numbers = re.findall(r"(?<!\d)-?\d(?:[\d,]*\d)?(?:\.\d+)?(?:/\d+)?", end)
     tags = [part.partition("</answer>")[0] for part in end.split("<answer>")[1:]]
@@ -1158,8 +1172,7 @@ def pass_at_k(n, c, k):
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 def log_generations(run, purpose, step, rollouts, problems, rewards, failures):
-    """Logs graded rollouts: mean rewards, and in samples.jsonl what was asked, written
-    and paid."""
+    """Logs mean rewards, and in samples.jsonl what was asked, written and paid."""
     run.log(f"{purpose}/reward", [reward["reward"] for reward in rewards])
     run.log(f"{purpose}/format", [reward["format_reward"] for reward in rewards])
     run.log(f"{purpose}/grading_failures", failures)
@@ -1172,19 +1185,20 @@ def log_generations(run, purpose, step, rollouts, problems, rewards, failures):
             file.write(json.dumps(line) + "\n")
 
 def evaluate(run, n, step):
-    """Samples n responses to each validation problem, grades them as the model wrote
-    them and logs."""
+    """Samples n responses to each validation problem, grades and logs them."""
     rollouts, repeated = sample(run, run.val_problems, n, step, "eval", run.args.eval_temperature)
     texts, truths = [r.text for r in rollouts], [problem["answer"] for problem in repeated]
     rewards, failures = grade_responses(run.reward_fn, texts, truths)
     log_generations(run, "eval", step, rollouts, repeated, rewards, failures)
     right = torch.tensor([reward["answer_reward"] for reward in rewards]).view(-1, n)
-    run.log("eval/accuracy", right)                         # (problems, n)
-    by_problem = right.mean(dim=1)                          # responses to one are not independent
+    run.log("eval/accuracy", right)     # (problems, n)
+    # The error over problems: responses to the same one are not independent.
+    by_problem = right.mean(dim=1)
     run.log("eval/stderr", by_problem.std(correction=0) / math.sqrt(len(right)))
     run.log("eval/problems", len(right))
     for k in [2**i for i in range(9) if 2**i < n] + [n]:
         run.log(f"eval/pass@{k}", [pass_at_k(n, int(c), k) for c in right.sum(dim=1)])
+    # What is right in the strict format is right in any.
     wrong = [i for i, reward in enumerate(rewards) if reward["reward"] == 0]
     lenient, _ = grade_responses(lenient_reward_fn, [texts[i] for i in wrong], [truths[i] for i in wrong])
     run.log("eval/lenient", [r["reward"] for r in lenient] + [1.0] * (len(rewards) - len(wrong)))
@@ -1193,29 +1207,28 @@ def evaluate(run, n, step):
 
 @dataclasses.dataclass
 class Run:
-    """What a run holds in memory. Sampler, evaluation and updates all refer to `model`,
-    the policy."""
+    """What a run holds in memory. `model` is the policy."""
     args: argparse.Namespace
     model: torch.nn.Module
     tokenizer: object
-    sampler: object
-    reward_fn: object
+    sampler: object             # TorchSampler or VLLMSampler
+    reward_fn: object           # (response, ground truth) -> reward dict
     stop: str                   # the string that ends a response, or None
     checkpoint: Path            # the folder to resume from, or None
     val_problems: list = None
     optimizer: object = None
     last_step: int = 0
-    sums: dict = dataclasses.field(default_factory=dict)
-    clock: float = 0.0
+    sums: dict = dataclasses.field(default_factory=dict)    # name: (sum, count)
+    clock: float = 0.0          # when the last lap ended
     signal: int = 0             # SIGINT or SIGTERM, once it has come
     skipped: int = 0            # updates in a row whose gradient was not finite
 
     def log(self, name, values, mask=None):
-        """Takes numbers or a tensor. A step's metric is the mean of them all (under the
-        mask)."""
+        """Takes numbers or a tensor. A metric is the mean of a step's values."""
         values = torch.as_tensor(values, dtype=torch.float64).detach()
         mask = torch.ones_like(values).bool() if mask is None else mask
-        total, count = self.sums.get(name, (0, 0))      # on the device: nothing waits for it
+        # Sums stay on the device: nothing waits for them.
+        total, count = self.sums.get(name, (0, 0))
         self.sums[name] = total + torch.where(mask, values, 0).sum(), count + mask.sum()
 
     def lap(self, name=None):
@@ -1239,8 +1252,7 @@ PANELS = ("eval/accuracy", "eval/format", "train/reward", "train/entropy", "trai
 COLUMNS = (*PANELS, "seconds", "tokens", "step to 80%", "seconds to 80%")
 
 def read_metrics(folder):
-    """A run's steps, each with all "seconds" of training and sampled "tokens" up to
-    it."""
+    """A run's steps, each with the "seconds" and sampled "tokens" up to it."""
     records, seconds, tokens = read_jsonl(Path(folder, "metrics.jsonl"), [()]), 0.0, 0.0
     for record in records:
         seconds += sum(record.get(f"time/{part}", 0) for part in ("sampling", "grading", "training"))
@@ -1249,7 +1261,7 @@ def read_metrics(folder):
     return records
 
 def mean_and_spread(values):
-    """"0.85 ± 0.02 (2 of 3)": mean ± standard deviation of those that are not None."""
+    """"0.85 ± 0.02 (2 of 3)": mean ± standard deviation of the known ones."""
     known = [value for value in values if value is not None]
     text = f"{statistics.fmean(known):.4g}" if known else "–"
     if len(known) > 1:
@@ -1257,9 +1269,8 @@ def mean_and_spread(values):
     return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"
 
 def report(runs, picture, against="step"):
-    """Draws the curves of runs, {label: folders of its seeds}, against "step" or
-    "seconds". Returns a Markdown table of how they ended, mean ± standard deviation of
-    the seeds."""
+    """Draws runs, {label: folders of its seeds}, against "step" or "seconds".
+    Returns a Markdown table of how they ended, mean ± spread over seeds."""
     from matplotlib.figure import Figure
     figure, table = Figure(figsize=(7, 10), layout="constrained"), []
     axes = figure.subplots(len(PANELS), sharex=True)
@@ -1271,6 +1282,7 @@ def report(runs, picture, against="step"):
                 known = [record for record in records if name in record]
                 axis.plot([r[against] for r in known], [r[name] for r in known], f"C{i}")
                 axis.set_title(name, fontsize=9, loc="left")
+            # The table's row: the last validation, and the first one of 80 %.
             validated = [record for record in records if "eval/accuracy" in record]
             first = next((r for r in validated if r["eval/accuracy"] >= 0.8), {})
             times = {"step to 80%": first.get("step"), "seconds to 80%": first.get("seconds")}
@@ -1290,8 +1302,7 @@ def replace_text(path, text):
     os.replace(aside, path)
 
 def save_checkpoint(run, path, step):
-    """Writes a Hugging Face folder with the trainer's state: aside, flushed, then
-    renamed."""
+    """Writes model, tokenizer and trainer's state: aside, flushed, then renamed."""
     partial, state = path.with_name("partial"), run.optimizer.state_dict()["state"]
     try:
         run.model.save_pretrained(partial)
@@ -1299,9 +1310,10 @@ def save_checkpoint(run, path, step):
         torch.save({"optimizer": state, "step": step}, partial / "trainer_state.pt")
         for file in (*partial.iterdir(), *path.parent.glob("*.jsonl")):
             with open(file) as opened:
-                os.fsync(opened)        # raises what the disk does not take
+                os.fsync(opened)  # raises what the disk does not take
         os.replace(partial, path)
-    except (OSError, RuntimeError, SafetensorError) as error:       # torch.save raises no OSError
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch.save raises RuntimeError where the disk is full.
         free = shutil.disk_usage(path.parent).free >> 20
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{path} cannot be written ({free} MiB free): {short_message(error)}") from error
@@ -1311,7 +1323,7 @@ def checkpoints(folder):
     return sorted(Path(folder).glob("checkpoint-[0-9]*"), key=lambda path: -int(path.name.split("-")[1]))
 
 def files_of_a_run(args):
-    """What is in output_dir already. UserError unless it may be replaced or resumed."""
+    """A run's files in output_dir. UserError unless it may be replaced or resumed."""
     names = "args.json metrics.jsonl samples.jsonl curves.png summary.json checkpoint-[0-9]* final_model partial*"
     old = [path for name in names.split() for path in Path(args.output_dir).glob(name)]
     check(not old or args.overwrite or getattr(args, "resume", False),
@@ -1321,46 +1333,44 @@ def files_of_a_run(args):
     return old
 
 def open_output_dir(args, step):
-    """Makes output_dir. --overwrite removes a run in it, --resume cuts its logs back to
-    this step."""
+    """Makes output_dir. --overwrite empties it, --resume cuts its logs back."""
     folder = Path(args.output_dir)
     for path in files_of_a_run(args):
         if args.overwrite or path.name.startswith("partial"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         elif path.suffix == ".jsonl":
-            lines = path.read_text(errors="replace").splitlines(keepends=True)  # the last may be torn
+            # Lines after the step are not of this run, and the last may be torn.
+            lines = path.read_text(errors="replace").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
             replace_text(path, "".join(kept))
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / "args.json", json.dumps(vars(args), indent=2) + "\n")
 
 def find_data(args):
-    """Makes data/arithmetic/ where it is needed and not there; UserError for other
-    files that are missing."""
+    """Makes data/arithmetic/ if needed. UserError for other missing files."""
     flags = () if getattr(args, "question", "") else ("train_data", "val_data", "sft_data")
     files = [Path(getattr(args, flag)) for flag in flags if flag in args]
     tiny = [path for path in (Path(args.model), *files) if path.is_relative_to("data/arithmetic")]
     if RANK == 0 and not all(path.exists() for path in tiny):
         print("data/arithmetic/ is not complete yet: making it with prepare_data.py", flush=True)
         subprocess.run([sys.executable, Path(__file__).with_name("prepare_data.py")])
-    all_gather(None)            # waits for rank 0
+    all_gather(None)  # waits for rank 0
     for path in files:
         check(path.is_file(), f"{path} is not there; see `python prepare_data.py --help`")
     if RANK == 0 and files:
-        files_of_a_run(args)    # before a model is loaded
+        files_of_a_run(args)  # before a model is loaded
 
 def load_run(args):
-    """Model, tokenizer, sampler and validation problems; to resume, the newest
-    checkpoint's weights."""
+    """Loads all that a run holds; to resume, from the newest checkpoint."""
     find_data(args)
-    grading_pool().schedule(int)        # starts the workers now, before this process holds a model
+    grading_pool().schedule(int)  # starts the workers before there is a model
     if args.device == "cpu" and sys.platform == "linux":
-        # Freed memory stays with the process: fetching it anew from the system costs a
-        # fifth of a step.
-        for option, value in ((-4, 0), (-1, 2**31 - 1)):            # M_MMAP_MAX, M_TRIM_THRESHOLD
+        # Keep freed memory in the process: to fetch it anew costs a fifth of a step.
+        M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
             ctypes.CDLL(None).mallopt(option, value)
     if Path(args.model).is_dir():
-        transformers_logging.disable_progress_bar()                 # only a download needs one
+        transformers_logging.disable_progress_bar()  # only a download needs one
     resumable = checkpoints(args.output_dir) if getattr(args, "resume", False) else []
     checkpoint = resumable[0] if resumable else None
     source = checkpoint or args.model
@@ -1369,17 +1379,20 @@ def load_run(args):
         # float32 masters even on a GPU: at lr 1e-5 most AdamW steps are below half a
         # bfloat16 ulp of the weight. No train(): dropout would make π differ from the
         # policy that sampled.
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="packed")
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, attn_implementation="packed")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {source} cannot be loaded: {short_message(error)}") from error
     transformers_logging.disable_progress_bar()
     check(tokenizer.eos_token_id is not None, f"--model {source} has no end-of-sequence token")
-    window = getattr(model.config, "sliding_window", None)      # of all layers, where there are no layer_types
-    kinds = getattr(model.config, "layer_types", None) or ["sliding_window" if window else "full_attention"]
+    # Where there are no layer_types a window is one of all layers.
+    window = getattr(model.config, "sliding_window", None)
+    kinds = getattr(model.config, "layer_types", None)
+    kinds = kinds or ["sliding_window" if window else "full_attention"]
     other = {*kinds} - {"full_attention"}
     check(not other, f"--model {source} has layers of {other}, which section 6 does not compute")
     # Two responses to one prompt, packed and not. Layers other than attention that mix
-    # tokens show here, and logits that are more than a product with the output head.
+    # tokens show here, and logits that are not just a product with the head.
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6]])
     with torch.no_grad():
         plain = get_response_log_probs(model, ids[:, :-1], ids[:, 1:])["log_probs"]
@@ -1395,14 +1408,12 @@ def load_run(args):
     run = Run(args, model, tokenizer, sampler, reward_fn, stop, checkpoint)
     run.val_problems = [] if getattr(args, "question", "") else load_problems(run, args.val_data)
     if 0 < args.validation_size < len(run.val_problems):
-        # Always the same ones, whatever the seed, from the whole file: files come
-        # sorted by subject.
+        # The same for every seed, from the whole file: MATH's is sorted by subject.
         run.val_problems = random.Random(0).sample(run.val_problems, args.validation_size)
     return run
 
 def finish_step(run, step):
-    """Validates the weights after the update, logs, and saves where it is time to;
-    stops on a signal."""
+    """Validates, logs and saves, each where it is time to; stops on a signal."""
     args, folder, is_last = run.args, Path(run.args.output_dir), step == run.last_step
     if is_last or step % (args.validation_frequency or run.last_step) == 0:
         evaluate(run, 1, step)
@@ -1420,7 +1431,8 @@ def finish_step(run, step):
         if saving:
             save_checkpoint(run, folder / ("final_model" if is_last else f"checkpoint-{step}"), step)
             for path in checkpoints(folder)[args.keep_checkpoints or sys.maxsize:]:
-                shutil.rmtree(path.rename(folder / "partial"))      # half a folder is no checkpoint
+                # Renamed first: half a folder is no checkpoint.
+                shutil.rmtree(path.rename(folder / "partial"))
             report({args.output_dir: [folder]}, folder / "curves.png")
     if is_last:
         accuracy, n = metrics["eval/accuracy"], len(run.val_problems)
@@ -1432,16 +1444,16 @@ def finish_step(run, step):
     run.lap()
 
 def start_training(run, last_step):
-    """Validates the weights as they come, or goes on from the checkpoint. Returns the
-    first step."""
+    """Validates the model as it comes or resumes. Returns the first step."""
     args, run.last_step, step = run.args, last_step, 0
     run.optimizer = torch.optim.AdamW(
-        run.model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay,
-        fused=args.device == "cuda")        # less memory
+        run.model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95),
+        weight_decay=args.weight_decay, fused=args.device == "cuda")    # less memory
     if run.checkpoint:
+        # The optimizer's moments are the checkpoint's, its settings the flags'.
         saved = torch.load(run.checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True, mmap=True)
         step, state = saved["step"], {"state": saved["optimizer"]}
-        run.optimizer.load_state_dict(run.optimizer.state_dict() | state)       # its settings are the flags'
+        run.optimizer.load_state_dict(run.optimizer.state_dict() | state)
         print(f"resumed from {run.checkpoint}", flush=True)
     if RANK == 0:
         open_output_dir(args, step if run.checkpoint else -1)
@@ -1450,12 +1462,11 @@ def start_training(run, last_step):
             wandb.init(project=args.wandb_project, config=vars(args), dir=args.output_dir, resume="auto")
 
     def stop_after_step(number, frame):
-        """Ctrl-C and SIGTERM let the current step end and be saved; a second one stops
-        at once."""
+        """Ctrl-C and SIGTERM let the step end and be saved; a second one does not."""
         run.signal = number
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
-        if RANK == 0:           # print is not safe here
+        if RANK == 0:  # print is not safe here
             os.write(2, b"stopping after this step; a second signal stops at once\n")
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -1467,9 +1478,10 @@ def start_training(run, last_step):
 
 def microbatches(args, pairs, rows):
     """This rank's share of the rows of a train batch, a list of microbatches. Responses
-    to one prompt stand together, so that it goes through the model once."""
+    to one prompt stand together: it goes through the model once."""
     rows = sorted(rows, key=lambda i: (pairs[i][0], -len(pairs[i][1])))
-    starts, total, before = [], 0, None                 # how many tokens, or rows, stand before each row
+    # How many tokens (or rows) stand before each row decides in which part it is.
+    starts, total, before = [], 0, None
     for i in rows:
         prompt, response = pairs[i]
         starts.append(total)
@@ -1483,15 +1495,14 @@ def microbatches(args, pairs, rows):
     return [part for part in parts[RANK::WORLD_SIZE] if part]
 
 def optimizer_step(run, step, loss):
-    """Clips the accumulated gradient and applies it, unless it or the update's loss is
-    not finite."""
+    """Clips the accumulated gradient and applies it, if all is finite."""
     decay = 1 - (step - 1) / run.last_step if run.args.lr_schedule == "linear" else 1
     group = run.optimizer.param_groups[0]
     group["lr"] = learning_rate = run.args.learning_rate * decay
     for parameter in group["params"]:
-        if parameter.grad is None:          # no row of this rank had anything to teach
+        if parameter.grad is None:  # no row of this rank had anything to teach
             parameter.grad = torch.zeros_like(parameter)
-        if WORLD_SIZE > 1:                  # the sum over the ranks
+        if WORLD_SIZE > 1:          # the sum over the ranks
             torch.distributed.all_reduce(parameter.grad)
     norm = torch.nn.utils.clip_grad_norm_(group["params"], run.args.max_grad_norm).item()
     loss = sum(all_gather(float(loss)))
@@ -1509,8 +1520,7 @@ def optimizer_step(run, step, loss):
 # ---- 11. Supervised fine-tuning ------------------------------------------------------
 
 def sft_update(run, pairs, step):
-    """One optimizer update on pairs (prompt ids, response ids); the loss is in nats per
-    token."""
+    """One update on pairs (prompt ids, response ids). Loss: nats per token."""
     mean_length = statistics.fmean(len(response) for _, response in pairs)
     total_loss = 0.0
     for rows in microbatches(run.args, pairs, range(len(pairs))):
@@ -1523,8 +1533,7 @@ def sft_update(run, pairs, step):
     optimizer_step(run, step, total_loss)
 
 def load_examples(run):
-    """Pairs (prompt ids, response ids) to train on. An end-of-sequence teaches the
-    model to stop."""
+    """Pairs (prompt ids, response ids) to train on. EOS teaches when to stop."""
     args, eos = run.args, run.tokenizer.eos_token_id
     traces = load_traces(args.sft_data, args.prompt, run.reward_fn)
     check(args.n_sft_examples <= len(traces), f"--n_sft_examples is above the {len(traces)} of {args.sft_data}")
@@ -1557,14 +1566,12 @@ def train_sft(args):
 # ---- 12. Expert iteration: sample, keep what is right, fine-tune on it, repeat -------
 
 def train_expert_iteration(args):
-    """The handout's Algorithm 2 ([EI]): a policy gradient with reward 0 or 1 and no
-    baseline."""
+    """The handout's Algorithm 2 ([EI]): a policy gradient without a baseline."""
     run = load_run(args)
     problems = load_problems(run, args.train_data, at_least=args.ei_batch_size)
     first = start_training(run, args.n_ei_steps)
     for step in range(first, run.last_step + 1):
-        # 1. Sample a few responses to each of some problems, from the policy as it is
-        # now.
+        # 1. Sample a few responses to each of some problems, from the policy as it is now.
         drawn = random.Random(seed_for(args.seed, step, "problems")).sample(problems, args.ei_batch_size)
         rollouts, repeated = sample(run, drawn, args.num_rollouts, step, "train", args.sampling_temperature)
         run.lap("sampling")
@@ -1603,7 +1610,7 @@ def grpo_update(run, batch, rows, step):
     """One optimizer update on some rows of the rollout batch."""
     args, pairs = run.args, batch["pairs"]
     # A row of weight 0 has gradient 0 and need not go through the model. The divisor
-    # counts it. A loss with another term, such as a KL penalty, needs all rows.
+    # counts it. A loss with another term (a KL penalty) needs all rows.
     weights = batch["raw_rewards" if args.loss_type == "no_baseline" else "advantages"].flatten().tolist()
     useful = [i for i in rows if weights[i] != 0]
     constant = args.sampling_max_tokens if args.loss_aggregation == "masked_normalize" else None
@@ -1611,7 +1618,7 @@ def grpo_update(run, batch, rows, step):
     for micro in microbatches(args, pairs, useful):
         log_probs, entropy, mask = get_packed_log_probs(
             run.model, [pairs[i] for i in micro], args.sampling_temperature, args.dtype)
-        old_log_probs, token_weights = log_probs.detach(), None     # π_old is π on-policy
+        old_log_probs, token_weights = log_probs.detach(), None  # π_old is π on-policy
         if batch["old_log_probs"] is not None:
             old_log_probs = batch["old_log_probs"][micro, :mask.shape[1]]
         if args.tis_cap:
@@ -1628,8 +1635,7 @@ def grpo_update(run, batch, rows, step):
     optimizer_step(run, step, total_loss)
 
 def train_grpo(args):
-    """The handout's Algorithm 3 ([GRPO]). A step with more than one update is
-    off-policy."""
+    """The handout's Algorithm 3 ([GRPO]); off-policy if a step has several updates."""
     run = load_run(args)
     n_prompts = args.rollout_batch_size // args.group_size
     problems = load_problems(run, args.train_data, at_least=n_prompts)
@@ -1654,7 +1660,7 @@ def train_grpo(args):
                  "advantages": advantages[:, None].to(args.device),
                  "sampler_log_probs": pad_log_probs(rollouts).to(args.device)}
         off_policy = args.epochs_per_rollout_batch > 1 or args.train_batch_size < args.rollout_batch_size
-        if off_policy and (args.loss_type.startswith("grpo") or args.tis_cap):      # a ratio to π_old is used
+        if off_policy and (args.loss_type.startswith("grpo") or args.tis_cap):  # a ratio to π_old is used
             batch["old_log_probs"] = compute_old_log_probs(run, batch["pairs"])
         # 4. Update the policy: once on-policy, or once for each train batch in each
         # epoch.
@@ -1670,8 +1676,7 @@ def train_grpo(args):
 # ---- 14. Evaluation as a run, comparisons, main --------------------------------------
 
 def run_eval(args):
-    """Evaluates a model, or answers one question. Writes summary.json and
-    samples.jsonl."""
+    """Writes summary.json and samples.jsonl, or answers one question."""
     run = load_run(args)
     if args.question:
         prompt = {"prompt_ids": run.tokenizer(format_prompt(args.prompt, args.question))["input_ids"]}
@@ -1688,19 +1693,17 @@ def run_eval(args):
     print(f"{text}\n{args.output_dir}/summary.json, samples.jsonl")
 
 def compare(args, argv):
-    """Runs each variant with each seed as a process of its own, which resumes what is
-    there."""
+    """Runs each value with each seed as a process, which resumes what is there."""
     folder = Path(args.output_dir or "compare_output")
     flag, _, values = args.compare.partition("=")
     ready = values and args.seeds > 0 and WORLD_SIZE == 1
     check(ready, "--compare wants FLAG=A,B,…, --seeds above 0 and no torchrun")
     runs, commands = {}, []
-    for value in values.split(","):             # all of them are checked before the first one runs
+    for value in values.split(","):  # all of them are checked before the first one runs
         label = f"{flag}={value}"
         runs[label] = [folder / label.replace("/", "_") / f"seed{seed}" for seed in range(args.seeds)]
         for seed, output_dir in enumerate(runs[label]):
-            # Of a flag given twice the last one counts, so this is a run, not a
-            # comparison.
+            # Of a flag given twice the last one counts: this is one run.
             command = [*argv, "--compare=", f"--{label}", f"--seed={seed}", f"--output_dir={output_dir}"]
             settings, before = vars(parse_args(command)), read_settings(output_dir)
             different = [key for key in before if key != "resume" and settings.get(key) != before[key]]
@@ -1709,8 +1712,7 @@ def compare(args, argv):
     for command in commands:
         print("---", *command, flush=True)
         child = subprocess.Popen([sys.executable, __file__, *command])
-        # The child ends its step. A terminal sends Ctrl-C to it, too; a scheduler sends
-        # SIGTERM only here.
+        # The child ends its step. Ctrl-C reaches it, too, SIGTERM only this process.
         signal.signal(signal.SIGINT, lambda *_: None)
         signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         if child.wait() != 0:
@@ -1720,7 +1722,7 @@ def compare(args, argv):
     print(f"{table}\n{folder}/compare.png, compare.md")
 
 def main(argv=None):
-    """Runs the command line. A user's mistake ends in one sentence and exit code 2."""
+    """Runs the command line."""
     with exit_cleanly("align.py"):
         join_ranks()
         argv = sys.argv[1:] if argv is None else list(map(str, argv))

@@ -541,18 +541,18 @@ def test_a_response_depends_on_the_seed_and_its_place_not_on_what_shares_its_bat
 
 
 def test_a_sampler_has_the_weights_of_each_sync_and_stale_ones_are_noticed(sampler, base):
-    sampler.load_weights(base[0])
+    served = sampler.load_weights(base[0])
     run, prompts = make_run(*base, sampling_min_tokens=4), prompts_of(base[1])
     for update in range(5):
         run.model = copy.deepcopy(run.model)
         for p in run.model.parameters():    # moved by a fifth of its standard deviation
             p.data += 0.2 * p.std(correction=0) * torch.randn_like(p)
         with pytest.raises(align.UserError, match="stale or wrong weights"):
-            align.check_weights(run.model, sampler.served_weights())
+            align.check_weights(run.model, served)
         with pytest.raises(align.UserError, match="stale or wrong weights"):
             align.check_sampler(run, generate(sampler, prompts, 4, update, 1.0, 32, 4), 1.0)
-        sampler.load_weights(run.model)
-        align.check_weights(run.model, sampler.served_weights())
+        served = sampler.load_weights(run.model)
+        align.check_weights(run.model, served)
         rollouts = generate(sampler, prompts, 4, update, 1.0, 32, 4)
         assert align.check_sampler(run, rollouts, 1.0)[1] < 1e-3
 
@@ -1062,12 +1062,13 @@ def test_runs_keep_the_checkpoints_that_they_should(small_grpo, tmp_path, keep, 
 
 def skip_the_weight_sync_of_step_3(argv):
     sampler = align.VLLMSampler if "vllm" in argv else align.TorchSampler
-    load_weights, calls = sampler.load_weights, []
+    load_weights, calls, served = sampler.load_weights, [], {}
 
     def skipping(self, model):
         calls.append(model)    # of validation 0, of steps 1, 2, 3, of the last validation
         if len(calls) != 4:    # the torch sampler gets weights of its own, as vLLM has them
-            load_weights(self, copy.deepcopy(model))
+            served.update(load_weights(self, copy.deepcopy(model)))
+        return served
 
     sampler.load_weights = skipping
     align.main(argv)
