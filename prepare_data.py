@@ -30,14 +30,12 @@ from align import (PROMPTS, UserError, check, exit_cleanly, extract_answer, grad
 
 # ------------------------ 1. Files ------------------------
 
-
 def read_manifest(folder):
     """{file name: {"records", "source", "sha256"}} of a folder; empty where there is none."""
     try:
         return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-
 
 def write_jsonl(folder, files, source):
     """Writes {file name: records}, whole or not at all, and their number, source and checksum to manifest.json."""
@@ -59,7 +57,6 @@ def write_jsonl(folder, files, source):
     for name, records in files.items():
         print(f"{folder / name}: {len(records)} records")
 
-
 def files_to_make(folder, names, source, force):
     """The files that are not there, or with `force` all. Raises UserError where one is from another source."""
     if force:
@@ -76,13 +73,11 @@ def files_to_make(folder, names, source, force):
         print(f"{folder / name} is there already{since}; --force makes it again")
     return [name for name in names if name not in there]
 
-
 def report(left_out):
     """Prints how much was left out by {reason: items}, with examples. Returns all of it as records."""
     for reason, items in left_out.items():
         print(f"  {len(items)} × {reason}, for example: {' '.join(str(items[0]).split())[:120]}")
     return [{"reason": reason, "what": str(item)} for reason, items in left_out.items() for item in items]
-
 
 # ------------------- 2. The tiny preset -------------------
 
@@ -96,7 +91,6 @@ N_TRAIN, N_TEST, N_SFT = 8192, 1024, 64     # problems for RL, unseen problems f
 P_CHAT, P_FORMAT = 0.7, 0.5     # the tiny prompt, not question_only's; the prompt's answer format, not plain words
 P_STEPS, P_SLIP = 0.65, 0.07    # written steps, not a guess; a step is wrong
 
-
 def make_problem(rng):
     """(question, terms), e.g. ("What is 7+5-3+6?", [7, 5, -3, 6]). No running total is negative."""
     terms = [rng.randint(1, 9)]
@@ -106,7 +100,6 @@ def make_problem(rng):
         terms.append(operand if operator == "+" else -operand)
     rest = "".join(f"{term:+d}" for term in terms[1:])
     return f"What is {terms[0]}{rest}?", terms
-
 
 def work_out(terms, slips=None):
     """The steps to the answer, and the answer. `slips`, a random generator, makes a step wrong now and then.
@@ -122,7 +115,6 @@ def work_out(terms, slips=None):
         steps.append(f"{total}{term:+d}={result}")
         total = result
     return ", ".join(steps), total
-
 
 def make_document(rng, test_questions):
     """(prompt, continuation) as some author on the internet would have written it; never a test question."""
@@ -143,7 +135,6 @@ def make_document(rng, test_questions):
         continuation = rf" {reasoning}. So it is \boxed{{{total}}}."
     return PROMPTS[prompt].format(question=question), continuation
 
-
 def train_tokenizer(documents, vocab_size=320):
     """A byte-level BPE tokenizer in which every digit is a token of its own, as in Qwen2.5's."""
     tokenizer = Tokenizer(models.BPE())
@@ -154,7 +145,6 @@ def train_tokenizer(documents, vocab_size=320):
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tokenizer.train_from_iterator(documents, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>")
-
 
 def pretrain(tokenizer, make_document, rng, test_questions, steps=500, batch_size=32, learning_rate=8e-3, seed=0):
     """Next-token prediction over whole documents, learning rate annealed to zero. Returns the model."""
@@ -183,7 +173,6 @@ def pretrain(tokenizer, make_document, rng, test_questions, steps=500, batch_siz
             optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f} nats", refresh=False)
     return model
-
 
 def prepare_arithmetic(folder, seed=0, force=False):
     """Writes train.jsonl, test.jsonl, sft.jsonl and base_model/; what is there already stays unless `force`."""
@@ -215,7 +204,6 @@ def prepare_arithmetic(folder, seed=0, force=False):
     os.replace(partial, base_model)
     print(f"{base_model}: {model.num_parameters() / 1e6:.2f}M parameters, vocabulary {len(tokenizer)}")
 
-
 # -- 3. MATH, GSM8K, MAWPS: problems with their final answers --
 
 SUBJECTS = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus".split()
@@ -225,7 +213,6 @@ DATASETS = {    # folder, repository on the hub, its configurations, problems in
     "gsm8k": (Path("data/GSM8K"), "openai/gsm8k", ["main"], {"train": 7473, "test": 1319}),
     "mawps": (Path("data/MAWPS"), "MU-NLPC/Calc-mawps", ["original-splits"], {"train": 3636, "test": 520}),
 }
-
 
 def to_problem(record):
     """{"problem", "answer"[, "solution", "level", "subject"]} of a record of these sets. Raises ValueError."""
@@ -250,7 +237,6 @@ def to_problem(record):
     problem = {"problem": text.strip(), "answer": str(answer).strip(), "solution": str(solution or "").strip(),
                "level": record.get("level"), "subject": record.get("subject") or record.get("type")}
     return {key: value for key, value in problem.items() if value}
-
 
 def read_records(path, left_out):
     """The records of a file of any of the kinds below; what cannot be read is left out by file and line."""
@@ -277,7 +263,6 @@ def read_records(path, left_out):
             left_out["not valid JSON"].append(f"{path}, line {number}: {error}")
     return records
 
-
 def find_files(path):
     """(file, "train" or "test") pairs of a folder or of one file, by what its name or nearest folder says."""
     # The first kind that is there counts: a hub repository, save_to_disk, JSON lines, the tree of MATH.tar.
@@ -289,7 +274,6 @@ def find_files(path):
             return [(file, found[-1]) for file, found in splits.items() if found]
     raise UserError(f"--from_path {path}: no .json, .jsonl, .parquet or .arrow file there that says train or test")
 
-
 def hub_rows(name, *config, split):
     """The rows of a data set of the Hugging Face hub. Raises UserError where it cannot be had."""
     import datasets
@@ -298,7 +282,6 @@ def hub_rows(name, *config, split):
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{name} cannot be had from the Hugging Face hub ({short_message(error)}): connect, name a "
                         "mirror (HF_ENDPOINT=https://…), or give your copy to --from_path or --traces") from error
-
 
 def read_dataset(dataset, paths, left_out):
     """(split, origin, record) of all records in these files or folders or, without any, on the hub."""
@@ -313,12 +296,10 @@ def read_dataset(dataset, paths, left_out):
                 for record in hub_rows(repository, config, split=split):
                     yield split, config, record
 
-
 def text_key(text):
     """A problem's text without what differs between copies: case, spaces, dollar signs, layout."""
     layout = r"\\(left|right|displaystyle|[,;:! ])|(?<=\\)[dt](?=frac)|[\s${}~]"
     return re.sub(layout, "", text.casefold()).rstrip(".?:")
-
 
 def prepare_problems(dataset, from_path=None, force=False):
     """Writes train.jsonl and test.jsonl of such a set; no problem of the first is in the second."""
@@ -349,12 +330,10 @@ def prepare_problems(dataset, from_path=None, force=False):
             print(f"{split}: {counts[split]} records, where the full set has {count}")
     write_jsonl(folder, files, source)
 
-
 # ----- 4. Traces: what a teacher thought and answered -----
 
 P_VALIDATION = 0.05     # share of the problems whose traces go to sft_val.jsonl
 DEEPSEEKS_PROMPT = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
-
 
 def read_answers(path, model):
     """What a teacher has answered so far, without the half line that a kill can leave."""
@@ -364,7 +343,6 @@ def read_answers(path, model):
         file.truncate(whole_lines)
     answers = read_jsonl(path, [("problem", "model")]) if whole_lines else []
     return [answer for answer in answers if answer["model"] == model]
-
 
 async def ask(client, slots, problem, sample, args):
     """One answer as a record of teacher.jsonl, or the exception where there is none."""
@@ -388,7 +366,6 @@ async def ask(client, slots, problem, sample, args):
     response = f"<think>{thoughts}</think>{content}" if thoughts else content
     return {"problem": problem, "sample": sample, "model": args.teacher_model, "finish_reason": finish_reason,
             "response": response}
-
 
 async def ask_teacher(problems, path, args, left_out):
     """Appends each answer to `path` as it comes; what is there already is not asked for.
@@ -423,7 +400,6 @@ async def ask_teacher(problems, path, args, left_out):
                 raise UserError(f"the teacher at {url} fails ({message}); the same command goes on from {path}")
     await client.close()
 
-
 def to_response(text):
     """A response in the r1_zero format of what a model wrote. Raises ValueError: what the text lacks."""
     thoughts, _, after = text.strip().removeprefix("<think>").rpartition("</think>")
@@ -438,7 +414,6 @@ def to_response(text):
         raise ValueError("a tag of the format inside the reasoning or the answer")
     return response
 
-
 def record_texts(record):
     """(problem, [what a model wrote, …]) of a record as of OpenR1-Math-220k or CS336. Raises ValueError."""
     if not isinstance(record, dict):
@@ -450,7 +425,6 @@ def record_texts(record):
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in [problem, *texts]):
         raise ValueError("no problem, or no text under generations or response")
     return problem, texts
-
 
 def read_traces(args, folder, train, left_out):
     """The records of --traces, in any of record_texts' layouts."""
@@ -466,7 +440,6 @@ def read_traces(args, folder, train, left_out):
     if Path(args.traces).is_file():
         return read_records(Path(args.traces), left_out)
     raise UserError(f"--traces {args.traces} is neither hub:DATASET, teacher, solutions nor a file")
-
 
 def prepare_traces(args, folder):
     """Writes sft.jsonl, split by problem into sft_train and sft_val, and the right ones of sft_train."""
@@ -513,7 +486,6 @@ def prepare_traces(args, folder):
     files = dict(zip(names, [traces, sft_train, sft_val, right]))
     write_jsonl(folder, files | {"sft_left_out.jsonl": left_out}, source)
 
-
 # ------------------------ 5. main -------------------------
 
 FLAGS = [       # (flag, default, help)
@@ -529,7 +501,6 @@ FLAGS = [       # (flag, default, help)
     ("teacher_timeout", 120.0, "seconds without a sign of life after which a request has failed"),
     ("teacher_concurrency", 16, "requests at a time"),
 ]
-
 
 def main(argv=None):
     """Runs the command line. A user's mistake ends in one sentence and exit code 2."""
@@ -554,7 +525,6 @@ def main(argv=None):
             prepare_problems(args.dataset, args.from_path, args.force)
         if args.traces:
             prepare_traces(args, folder)
-
 
 if __name__ == "__main__":
     main()

@@ -46,7 +46,6 @@ import prepare_data
 ROOT = Path(__file__).parent
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
-
 @pytest.fixture(scope="session")
 def tiny_data():
     """The folder data/arithmetic, made as a user would make it. The base model is made last."""
@@ -55,14 +54,12 @@ def tiny_data():
         subprocess.run([sys.executable, "prepare_data.py"], cwd=ROOT, check=True)
     return folder
 
-
 @pytest.fixture(scope="session")
 def base(tiny_data):
     """(model, tokenizer) of the tiny base model."""
     folder = tiny_data / "base_model"
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="packed")
     return model, AutoTokenizer.from_pretrained(folder)
-
 
 def random_model(vocab_size, seed=0, family=LlamaConfig, attention="packed", **sizes):
     """A model of width 16 with random weights so large that its distributions are far from uniform."""
@@ -72,7 +69,6 @@ def random_model(vocab_size, seed=0, family=LlamaConfig, attention="packed", **s
     config = family(vocab_size=vocab_size, initializer_range=0.4, eos_token_id=0, pad_token_id=0, **sizes)
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
-
 def word_tokenizer(*words):
     """One token per word; id 0 is the end of sequence and also the padding, as in many real models."""
     vocabulary = {word: i for i, word in enumerate(["<eos>", *words])}
@@ -80,10 +76,8 @@ def word_tokenizer(*words):
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
 
-
 def parse(line):
     return align.parse_args(line.split())
-
 
 def make_run(model, tokenizer, algo="grpo", **settings):
     """A Run on the CPU with SGD at rate 1, whose update is minus the gradient."""
@@ -96,7 +90,6 @@ def make_run(model, tokenizer, algo="grpo", **settings):
     run.optimizer = torch.optim.SGD(model.parameters())
     return run
 
-
 def plain_log_probs(model, pairs, temperature=1.0):
     """What get_packed_log_probs returns, by the definition: whole sequences in one padded batch."""
     batch = align.batch_token_ids(*zip(*pairs), 0)
@@ -106,21 +99,17 @@ def plain_log_probs(model, pairs, temperature=1.0):
     values = [whole[name][batch["response_mask"]] for name in ("log_probs", "token_entropy")]
     return *(torch.zeros(mask.shape).masked_scatter(mask, value) for value in values), mask
 
-
 def gradients(model):
     """All gradients of a model as one vector, and resets them."""
     flat = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     model.zero_grad()
     return flat
 
-
 def weights_of(model):
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
-
 def close(a, b):
     return (a - b).norm() <= 1e-4 * b.norm()
-
 
 def align_command(*argv, code=0):
     """Runs `python align.py …` as a process and checks its exit code."""
@@ -129,13 +118,10 @@ def align_command(*argv, code=0):
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
-
 def metrics_of(folder):
     return [json.loads(line) for line in open(Path(folder, "metrics.jsonl"))]
 
-
 # ---- 1, 2 and 4. Settings, prompts, data ---------------------------------------------
-
 
 def test_the_math_preset_holds_the_hyperparameters_of_the_handout():
     args = vars(parse("--algo grpo --preset math"))
@@ -146,11 +132,9 @@ def test_the_math_preset_holds_the_hyperparameters_of_the_handout():
                 "use_std_normalization": True}
     assert expected.items() <= args.items()
 
-
 def test_a_flag_beats_the_preset_and_hyphens_mean_underscores():
     args = parse("--algo=grpo --preset=math --group-size=4 --use-std-normalization false")
     assert (args.group_size, args.use_std_normalization, args.rollout_batch_size) == (4, False, 256)
-
 
 @pytest.mark.parametrize("argv, complaint", [
     ("", "--algo"),
@@ -164,7 +148,6 @@ def test_a_wrong_flag_is_one_clear_sentence(argv, complaint):
     with pytest.raises(align.UserError) as error:
         parse(argv)
     assert complaint in str(error.value) and "\n" not in str(error.value)
-
 
 @pytest.mark.parametrize("content, complaint", [
     (b"", "holds no records"),
@@ -180,7 +163,6 @@ def test_malformed_data_is_named_with_file_and_line(tmp_path, content, complaint
         align.load_problems(make_run(random_model(4), word_tokenizer()), path, at_least=2)
     assert complaint in str(error.value) and str(path) in str(error.value)
 
-
 def test_traces_get_their_prompt_and_must_have_the_answer_format(tmp_path):
     path, braces = tmp_path / "sft.jsonl", "\\frac{2}{1} of {question}?\u2028"
     trace = {"problem": braces, "response": " 2 </think> <answer> 2 </answer>"}
@@ -190,7 +172,6 @@ def test_traces_get_their_prompt_and_must_have_the_answer_format(tmp_path):
     path.write_text(json.dumps(trace | {"response": "It is 2."}))
     with pytest.raises(align.UserError, match="line 1: the response has not the answer format"):
         align.load_traces(path, "tiny", align.r1_zero_reward_fn)
-
 
 # ---- 3. Grading ----------------------------------------------------------------------
 
@@ -215,14 +196,12 @@ FAMILIES = [        # of spellings of one meaning
     ("x^2+2x+1", "(x+1)^2"), ("6-5i", "-5i+6"), ("y=2x+3", "2y-4x=6"), ("2^{-99}", r"\frac{1}{2^{99}}"),
 ]
 
-
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family[0])
 def test_answers_of_one_meaning_are_equal_and_different_from_all_others(family):
     for answer, truth in itertools.product(family, repeat=2):
         assert align.grade(answer, truth), (answer, truth)
     for other in FAMILIES:
         assert other is family or not align.grade(family[0], other[0]), other
-
 
 @pytest.mark.parametrize("answer, truth", [
     ("", ""), ("6, 7", "6"), ("either 5 or 6", "6"), (r"\boxed{5}\boxed{6}", "6"), (r"x \le 6", "6"),
@@ -232,7 +211,6 @@ def test_answers_of_one_meaning_are_equal_and_different_from_all_others(family):
     (r"2^{2009}", r"2^{2010}"), ("1 hour", r"18\text{ hours}"), ("6" * 500, "6")])
 def test_answers_of_other_meaning_are_wrong(answer, truth):
     assert not align.grade(answer, truth)
-
 
 @pytest.mark.parametrize("reward_fn, response, format_reward, answer_reward", [
     (R1, " 7+5=12 </think> <answer> 12 </answer>", 1, 1),
@@ -248,14 +226,12 @@ def test_rewards_want_the_format_and_the_answer(reward_fn, response, format_rewa
     expected = {"reward": answer_reward, "format_reward": format_reward, "answer_reward": answer_reward}
     assert reward_fn(response, "12") == expected
 
-
 def test_hostile_answers_earn_nothing_raise_nothing_and_leave_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     responses = [f"Let me think. </think> <answer> {answer} </answer>" for answer in HOSTILE]
     rewards, _ = align.grade_responses(align.r1_zero_reward_fn, responses, ["5"] * len(responses))
     assert [r["reward"] for r in rewards] == [0.0] * len(HOSTILE)
     assert list(tmp_path.iterdir()) == []
-
 
 def reward_is_the_text(response, truth):
     """A user's reward function that may misbehave, at module level so that it can go to a worker."""
@@ -266,7 +242,6 @@ def reward_is_the_text(response, truth):
     reward = bytes(1 << 36) if response == "eat" else float(response)
     return {"reward": reward, "format_reward": 1.0, "answer_reward": reward}
 
-
 def test_a_response_that_hangs_crashes_eats_memory_or_raises_costs_its_own_reward_only(monkeypatch):
     monkeypatch.setattr(align, "DEADLINE", 2.0)
     responses = ["1"] * 40 + ["hang", "1", "crash", "1", "raise", "eat", "1", "hang"]
@@ -274,7 +249,6 @@ def test_a_response_that_hangs_crashes_eats_memory_or_raises_costs_its_own_rewar
     assert [r["reward"] for r in rewards] == [float(r == "1") for r in responses] and failed == 5
     with pytest.raises(align.UserError, match="failed on all responses, first with .*ValueError"):
         align.grade_responses(reward_is_the_text, ["raise"] * 40, [""] * 40)
-
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_workers_ignore_the_sigterm_of_a_scheduler_and_killed_ones_are_replaced(number):
@@ -288,9 +262,7 @@ def test_workers_ignore_the_sigterm_of_a_scheduler_and_killed_ones_are_replaced(
     survived = workers <= {worker.pid for worker in multiprocessing.active_children()}
     assert survived == (number == signal.SIGTERM)
 
-
 # ---- 5 to 7. Tokens, log-probs, losses -----------------------------------------------
-
 
 def test_prompt_and_output_are_tokenised_apart_and_masks_come_from_lengths(base):
     batch = align.batch_token_ids([[5, 6], [0]], [[7, 0], [0, 8, 0]], pad_id=0)
@@ -301,7 +273,6 @@ def test_prompt_and_output_are_tokenised_apart_and_masks_come_from_lengths(base)
     batch = align.tokenize_prompt_and_output(["answ"], ["er"], base[1])
     assert batch["labels"].tolist() == [(head + tail)[1:]] and head + tail != joint
 
-
 # A prompt of one token, prompts that come again later or begin like another one, equal responses.
 PAIRS = [([3], [4, 5, 6]), ([1, 2, 4, 5], [9]), ([3], [4, 5, 7, 8, 9, 1, 2, 0]),
          ([1, 2], [4, 5, 6]), ([1, 2, 4, 5], [9, 9]), ([3, 3], [0])]
@@ -309,7 +280,6 @@ WEIGHTS = torch.tensor([[0.5], [0.7], [-1.0], [0.0], [0.0], [2.0]])
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2}
 LOSS_TYPES = ("no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip")
 QWEN = GROUPED | {"family": Qwen2Config, "tie_word_embeddings": True}
-
 
 @pytest.mark.parametrize("chunk, temperature", [(1, 1.0), (100, 0.7), (1 << 24, 1.3)])
 @pytest.mark.parametrize("shape", [{}, {"num_key_value_heads": 1}, QWEN])
@@ -324,7 +294,6 @@ def test_packed_log_probs_are_the_plain_ones(chunk, temperature, shape, monkeypa
     for one, other in zip(*results):
         assert close(one, other)
 
-
 def test_entropy_masked_sums_and_means_and_importance_weights_by_hand():
     logits = torch.tensor([[0.0, 0, 0, 0], [0, 0, -math.inf, -math.inf], [1000, 0, 0, 0]])
     assert torch.allclose(align.compute_entropy(logits), torch.tensor([math.log(4), math.log(2), 0.0]))
@@ -337,11 +306,9 @@ def test_entropy_masked_sums_and_means_and_importance_weights_by_hand():
     weights = align.importance_weights(*log_probs, cap=3.0)
     assert torch.allclose(weights, torch.tensor([2.0, 0.5, 3.0]))
 
-
 def advantages_of(rewards, group_size, eps, by_std):
     return align.compute_group_normalized_rewards(
         reward_is_the_text, list(map(str, rewards)), [""] * len(rewards), group_size, eps, by_std)
-
 
 def test_group_advantages_by_hand():
     rewards = [1, 0, 0, 0, 1, 1, 1, 1]
@@ -353,7 +320,6 @@ def test_group_advantages_by_hand():
     assert torch.allclose(advantages_of(rewards, 4, 0.0, False)[0], expected / 2)
     assert torch.allclose(advantages_of(rewards, 4, 0.5, True)[0], expected / 2)    # 1/2 + 1/2 = 1
     assert advantages_of([0.1] * 7, 7, 1e-6, True)[0].tolist() == [0.0] * 7    # whatever the rounding
-
 
 @pytest.mark.parametrize("advantage, loss, clipped, gradient", [
     (2.0, [-1.0, -2.0, -2.4], [False, False, True], [-1.0, -2.0, 0.0]),    # no further up than 1.2
@@ -367,7 +333,6 @@ def test_clip_loss_by_hand(advantage, loss, clipped, gradient):
     got.sum().backward()
     assert torch.allclose(log_probs.grad, torch.tensor([gradient]))    # −ρA where not clipped
 
-
 @pytest.mark.parametrize("constant", [None, 4.0])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_on_policy_all_losses_have_reinforces_gradient(loss_type, constant):
@@ -380,7 +345,6 @@ def test_on_policy_all_losses_have_reinforces_gradient(loss_type, constant):
     assert torch.allclose(log_probs.grad, -weights / lengths / 3 * mask)
     with pytest.raises(ValueError, match=r"are \(B, 1\), not \(3,\)"):    # it would weigh tokens
         align.compute_policy_gradient_loss(log_probs, loss_type, weights[:, 0], weights[:, 0], *rest[:2])
-
 
 def test_the_average_estimator_is_the_gradient_of_the_expected_reward():
     """On a model so small that all responses can be enumerated: 3 words and the end, at most 2 tokens.
@@ -406,7 +370,6 @@ def test_the_average_estimator_is_the_gradient_of_the_expected_reward():
     assert close(expected.pop("no_baseline"), exact)
     for gradient in expected.values():
         assert close(gradient, exact / 2)
-
 
 @pytest.mark.parametrize("settings", [
     {"tokens_per_microbatch": 12, "loss_type": "grpo_clip"},
@@ -439,7 +402,6 @@ def test_padding_order_and_microbatch_size_never_change_a_grpo_update(settings):
     align.grpo_update(run, batch, [3, 0, 5, 1, 4, 2], step=1)
     assert torch.equal(weights_of(run.model), after)
 
-
 @pytest.mark.parametrize("tokens", [1, 12, 4096])
 def test_padding_order_and_microbatch_size_never_change_an_sft_update(tokens):
     run = make_run(random_model(11), None, "sft", tokens_per_microbatch=tokens)
@@ -451,7 +413,6 @@ def test_padding_order_and_microbatch_size_never_change_an_sft_update(tokens):
     assert close(before - weights_of(run.model), gradients(reference))
     assert run.step_metrics()["train/loss"] == pytest.approx(loss.item(), abs=1e-5)
 
-
 def test_missing_arguments_wrong_types_and_wrong_shapes_are_refused():
     log_probs, column, flat = torch.zeros(3, 3), torch.zeros(3, 1), torch.zeros(3)
     with pytest.raises(ValueError, match="old_log_probs, cliprange"):
@@ -462,29 +423,23 @@ def test_missing_arguments_wrong_types_and_wrong_shapes_are_refused():
         with pytest.raises(ValueError, match=r"are \(B, 1\), not \(3,\)"):
             align.compute_policy_gradient_loss(log_probs, loss_type, flat, flat, log_probs, 0.2)
 
-
 # ---- 8 and 9. Sampling and evaluation ------------------------------------------------
-
 
 def generate(sampler, prompts, n=1, seed=0, temperature=1.0, max_tokens=6, min_tokens=0, stop=None):
     seeds = [align.seed_for(seed, 0, str(i)) for i in range(len(prompts))]
     return sampler.generate(prompts, n, seeds, temperature, max_tokens, min_tokens, stop)
 
-
 def ids_of(rollouts):
     return [rollout.response_ids for rollout in rollouts]
-
 
 def prompts_of(tokenizer, count=9):
     questions = [f"What is {1 + a % 9}+5-3+{2 + a % 7}-2?" for a in range(count)]
     return tokenizer([align.format_prompt("tiny", question) for question in questions])["input_ids"]
 
-
 def assert_log_probs_are_the_models(model, rollouts, temperature=1.0):
     pairs = [(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts]
     log_probs, _, _ = plain_log_probs(model, pairs, temperature)
     assert torch.allclose(align.pad_log_probs(rollouts), log_probs, atol=1e-3)
-
 
 @pytest.fixture(scope="session", params=["torch", pytest.param("vllm", marks=needs_vllm)])
 def sampler(request, tiny_data, base):
@@ -492,7 +447,6 @@ def sampler(request, tiny_data, base):
     args = parse(f"--algo grpo --preset tiny --dtype float32 --sampler {request.param}")
     args.model = str(tiny_data / "base_model")
     return align.make_sampler(args, base[1])
-
 
 def test_sampled_frequencies_and_log_probs_are_the_models_and_depend_on_the_seed(sampler, base):
     sampler.load_weights(base[0])
@@ -507,7 +461,6 @@ def test_sampled_frequencies_and_log_probs_are_the_models_and_depend_on_the_seed
     assert ids_of(generate(sampler, prompt, 4000, seed=5, **settings)) == ids_of(rollouts)
     assert ids_of(generate(sampler, prompt, 50, seed=6, **settings)) != ids_of(rollouts)[:50]
 
-
 @pytest.mark.parametrize("stop, min_tokens", [("</answer>", 0), ("</answ", 0), ("</answer>", 20)])
 def test_stop_strings_end_response_and_text_but_not_before_min_tokens(sampler, base, stop, min_tokens):
     sampler.load_weights(base[0])
@@ -521,7 +474,6 @@ def test_stop_strings_end_response_and_text_but_not_before_min_tokens(sampler, b
         kinds.add((stop in text, rollout.finish_reason))
     assert kinds >= {(True, "stop"), (False, "stop"), (False, "length")}
     assert ((True, "length") in kinds) == (min_tokens == 20)    # written before, it ends nothing
-
 
 @pytest.mark.parametrize("shape", [{}, QWEN])
 @pytest.mark.parametrize("n", [1, 6])
@@ -539,7 +491,6 @@ def test_a_response_depends_on_the_seed_and_its_place_not_on_what_shares_its_bat
         seen.append(ids_of(rollouts))
     assert seen[0] != seen[1]
 
-
 def test_a_sampler_has_the_weights_of_each_sync_and_stale_ones_are_noticed(sampler, base):
     served = sampler.load_weights(base[0])
     run, prompts = make_run(*base, sampling_min_tokens=4), prompts_of(base[1])
@@ -556,7 +507,6 @@ def test_a_sampler_has_the_weights_of_each_sync_and_stale_ones_are_noticed(sampl
         rollouts = generate(sampler, prompts, 4, update, 1.0, 32, 4)
         assert align.check_sampler(run, rollouts, 1.0)[1] < 1e-3
 
-
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():
     for n in range(1, 7):
         for c, k in itertools.product(range(n + 1), range(1, n + 1)):
@@ -564,9 +514,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():
             share = sum(min(subset) < c for subset in subsets) / len(subsets)
             assert align.pass_at_k(n, c, k) == pytest.approx(share)
 
-
 # ---- Helpers of the tests below ------------------------------------------------------
-
 
 @pytest.fixture
 def run_align(tiny_data, monkeypatch):
@@ -576,7 +524,6 @@ def run_align(tiny_data, monkeypatch):
     yield lambda *flags: align.main(flags)
     for number, handler in handlers:
         signal.signal(number, handler)
-
 
 @pytest.fixture
 def small_grpo(run_align, monkeypatch):
@@ -588,41 +535,33 @@ def small_grpo(run_align, monkeypatch):
     monkeypatch.setattr(align, "report", lambda *args: "")
     return run
 
-
 def saved_weights(folder):
     weights = safetensors.torch.load_file(Path(folder, "model.safetensors"))
     return torch.cat([weights[name].flatten() for name in sorted(weights)])
-
 
 def samples_of(folder, purpose):
     samples = [json.loads(line) for line in open(Path(folder, "samples.jsonl"))]
     return [sample for sample in samples if sample["purpose"] == purpose]
 
-
 def accuracies(folder):
     return [record["eval/accuracy"] for record in metrics_of(folder) if "eval/accuracy" in record]
 
-
 def without_times(records):
     return [{key: record[key] for key in record if not key.startswith("time/")} for record in records]
-
 
 def assert_close(folder, expected, rel, abs):
     pairs = zip(without_times(metrics_of(folder)), without_times(metrics_of(expected)), strict=True)
     for metrics, expected_metrics in pairs:
         assert metrics == pytest.approx(expected_metrics, rel=rel, abs=abs)
 
-
 def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
-
 
 SMALL = ["--preset", "tiny", "--train_data", "data/arithmetic/test.jsonl", "--validation_size", 16,
          "--validation_frequency", 0, "--save_frequency", 0]
 # Runs that are killed, or have ranks, are forked from a server that has imported everything already.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([__name__, "matplotlib.figure"])
-
 
 def body(log, function, argv, env):
     """What a fork does: function(argv) as a program of its own, which prints into a file."""
@@ -645,7 +584,6 @@ def body(log, function, argv, env):
     sys.stdout.flush()
     os._exit(code)
 
-
 def fork(log, *argv, function=align.main, ranks=1):
     """Starts `align.py argv` as so many ranks; returns the processes."""
     with socket.socket() as free:
@@ -658,7 +596,6 @@ def fork(log, *argv, function=align.main, ranks=1):
         processes[-1].start()
     return processes
 
-
 def join(processes, code=0):
     """Waits for processes that should end with this exit code."""
     for process in processes:
@@ -668,21 +605,17 @@ def join(processes, code=0):
     codes = [process.exitcode for process in processes]
     assert codes == [code] * len(codes), Path(processes[0].name).read_text()
 
-
 def wait_for(condition):
     deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
-
 def steps_in(folder):
     path = folder / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
-
 # ---- 10. A run: metrics, checkpoints -------------------------------------------------
-
 
 def test_evaluation_counts_agree_with_the_samples(base, tmp_path):
     run = make_run(*base, sampling_max_tokens=64, output_dir=str(tmp_path))
@@ -694,7 +627,6 @@ def test_evaluation_counts_agree_with_the_samples(base, tmp_path):
     assert metrics["eval/lenient"] >= metrics["eval/accuracy"] == pytest.approx(right.mean().item())
     assert metrics["eval/stderr"] == pytest.approx(right.std(correction=0).item() / math.sqrt(7))
 
-
 @contextlib.contextmanager
 def full_disk(size):
     """No file can grow beyond so many bytes; not even pytest's own log, if it goes to a file."""
@@ -704,7 +636,6 @@ def full_disk(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
 
 @pytest.fixture
 def refused(capsys):
@@ -718,14 +649,12 @@ def refused(capsys):
 
     return call
 
-
 def test_a_metric_is_the_mean_of_all_that_the_step_logged():
     run = make_run(random_model(4), None)
     run.log("a", torch.tensor([1.0, 2.0, 3.0]))
     run.log("a", 10)
     run.log("b", [])
     assert run.step_metrics() == {"a": 4.0} and run.step_metrics() == {}
-
 
 def test_a_run_is_never_overwritten_silently(tmp_path):
     args = parse(f"--algo sft --preset tiny --output_dir {tmp_path}")
@@ -741,7 +670,6 @@ def test_a_run_is_never_overwritten_silently(tmp_path):
     align.open_output_dir(args, -1)
     assert names_in(tmp_path) == ["args.json", "notes.txt"]
 
-
 @pytest.mark.parametrize("end", ["", '{"step": 2, "x": "', '{"step": 2}\n{"step": 3}\n', "\n"])
 def test_logs_are_cut_back_to_the_step_of_the_checkpoint(tmp_path, end):
     args = parse(f"--algo sft --preset tiny --resume --output_dir {tmp_path}")
@@ -751,7 +679,6 @@ def test_logs_are_cut_back_to_the_step_of_the_checkpoint(tmp_path, end):
     align.open_output_dir(args, 1)
     assert (tmp_path / "samples.jsonl").read_text() == kept
     assert names_in(tmp_path) == ["args.json", "samples.jsonl"]
-
 
 def test_a_checkpoint_is_a_model_folder_that_appears_whole(tmp_path, monkeypatch):
     run = make_run(random_model(4), word_tokenizer("a", "b", "c"))
@@ -770,14 +697,12 @@ def test_a_checkpoint_is_a_model_folder_that_appears_whole(tmp_path, monkeypatch
     assert weights_of(loaded).equal(weights_of(run.model))
     assert AutoTokenizer.from_pretrained(newest)("a b")["input_ids"] == [1, 2]
 
-
 def update(run, factor, loss=1.0):
     """Steps with this number as each gradient. Returns (weights before, after)."""
     before = weights_of(run.model)
     (sum(p.sum() for p in run.model.parameters()) * factor).backward()
     align.optimizer_step(run, 1, loss)
     return before, weights_of(run.model)
-
 
 @pytest.mark.parametrize("factor, loss", [(math.inf, 1.0), (math.nan, 1.0), (1.0, math.nan)])
 def test_updates_that_are_not_finite_are_dropped_and_five_stop_the_run(factor, loss):
@@ -797,7 +722,6 @@ def test_updates_that_are_not_finite_are_dropped_and_five_stop_the_run(factor, l
     with pytest.raises(align.UserError, match="5 updates in a row was not finite"):
         update(run, factor, loss)
 
-
 # ---- Runs that are killed and resumed: KILLS=20 pytest test_align.py -k killed -s ----
 
 KILLS = int(os.environ.get("KILLS", 1))
@@ -808,7 +732,6 @@ KILLED = {
     "sft": ["--algo", "sft", *KEEP_2[:2], *KEEP_2[4:], "--sft_epochs", 2, "--n_sft_examples", 48],
     "ei": ["--algo", "ei", *KEEP_2, "--n_ei_steps", 3, "--ei_batch_size", 8]}
 
-
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_data, tmp_path_factory):
     """A folder with the runs of KILLED as nobody interrupts them."""
@@ -816,7 +739,6 @@ def uninterrupted(tiny_data, tmp_path_factory):
     runs = [fork(folder / "log", *KILLED[algo], "--output_dir", folder / algo) for algo in KILLED]
     join(sum(runs, []))    # side by side
     return folder
-
 
 def kill_and_resume(folder, *argv, steps, delay, saving=False):
     """Kills a run some time after some steps, or as it saves a checkpoint; resumes it."""
@@ -830,13 +752,11 @@ def kill_and_resume(folder, *argv, steps, delay, saving=False):
     print(f"killed {delay:.3f} s after {steps} steps:", folder.exists() and names_in(folder))
     join(fork(log, *argv, "--output_dir", folder, "--resume"))
 
-
 def assert_same_run(folder, expected):
     assert without_times(metrics_of(folder)) == without_times(metrics_of(expected))
     for name in ("samples.jsonl", "final_model/model.safetensors"):
         assert (folder / name).read_bytes() == (expected / name).read_bytes()
     assert names_in(folder) == names_in(expected)
-
 
 @pytest.mark.parametrize("algo", KILLED)
 def test_run_killed_at_any_moment_and_resumed_is_the_same_run(algo, uninterrupted, tmp_path):
@@ -846,14 +766,12 @@ def test_run_killed_at_any_moment_and_resumed_is_the_same_run(algo, uninterrupte
         kill_and_resume(tmp_path / str(kill), *KILLED[algo], **moment)
         assert_same_run(tmp_path / str(kill), uninterrupted / algo)
 
-
 @needs_vllm
 def test_run_with_vllm_killed_and_resumed_is_the_same_run(tiny_data, tmp_path):
     argv = [*KILLED["grpo"], "--sampler", "vllm", "--n_grpo_steps", 3]
     join(fork(tmp_path / "log", *argv, "--output_dir", tmp_path / "whole"))
     kill_and_resume(tmp_path / "killed", *argv, steps=3, delay=0)
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
-
 
 def test_run_that_gets_sigterm_ends_its_step_saves_and_is_resumed(uninterrupted, tmp_path):
     out = tmp_path / "out"
@@ -868,13 +786,11 @@ def test_run_that_gets_sigterm_ends_its_step_saves_and_is_resumed(uninterrupted,
     join(fork(tmp_path / "log", *argv, "--resume"))
     assert_same_run(out, uninterrupted / "grpo")
 
-
 # ---- Ranks: processes that speak through gloo. RANKS=4 pytest test_align.py -k ranks -
 
 RANKS = int(os.environ.get("RANKS", 2))
 WAYS = [{}, {"tokens_per_microbatch": 1}, {"tokens_per_microbatch": 10**6}, {"loss_type": "grpo_clip"},
         {"gradient_accumulation_steps": 4, "train_batch_size": 16}]
-
 
 def make_updates(argv):
     """Saves the weights and metrics that some updates make, in each of the WAYS."""
@@ -900,7 +816,6 @@ def make_updates(argv):
         torch.save(results, argv[0])
     align.leave_ranks()
 
-
 def test_ranks_make_the_update_of_one_process_together(tmp_path):
     one = fork(tmp_path / "log", tmp_path / "one", function=make_updates)
     join(one + fork(tmp_path / "log", tmp_path / "many", function=make_updates, ranks=RANKS))
@@ -911,10 +826,8 @@ def test_ranks_make_the_update_of_one_process_together(tmp_path):
         assert (weights - expected).norm() < 1e-5 * (expected - before).norm()
         assert metrics == pytest.approx(expected_metrics, rel=1e-5, abs=1e-6)
 
-
 ON_RANKS = ["--algo", "grpo", *SMALL, "--n_grpo_steps", 4, "--rollout_batch_size", 64,
             "--train_batch_size", 32, "--loss_type", "grpo_clip", "--save_frequency", 1]
-
 
 def test_run_is_the_same_on_any_ranks_and_is_resumed_on_others(tiny_data, tmp_path):
     def resume_after(step, source, target, ranks):
@@ -935,7 +848,6 @@ def test_run_is_the_same_on_any_ranks_and_is_resumed_on_others(tiny_data, tmp_pa
         assert samples_of(out, "train") == samples_of(tmp_path / "one", "train")
         assert_close(out, tmp_path / "one", rel=1e-3, abs=1e-4)
 
-
 def test_torchrun_that_gets_sigterm_ends_the_step_and_saves(tiny_data, tmp_path):
     argv = [*ON_RANKS, "--n_grpo_steps", 100, "--save_frequency", 0, "--output_dir", tmp_path]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", RANKS]
@@ -948,7 +860,6 @@ def test_torchrun_that_gets_sigterm_ends_the_step_and_saves(tiny_data, tmp_path)
     assert said.count(f"stopped after step {step}; --resume goes on from there") == 1
     assert [path.name for path in align.checkpoints(tmp_path)] == [f"checkpoint-{step}"]
 
-
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_run_in_bfloat16_keeps_float32_masters_on_any_ranks(tiny_data, tmp_path, ranks):
     argv = [*ON_RANKS, "--n_grpo_steps", 2, "--dtype", "bfloat16", "--output_dir", tmp_path / "out"]
@@ -958,9 +869,7 @@ def test_run_in_bfloat16_keeps_float32_masters_on_any_ranks(tiny_data, tmp_path,
     moved = weights != saved_weights(ROOT / "data/arithmetic/base_model")
     assert moved.float().mean() > 0.9    # of weights in bfloat16 most would not move
 
-
 # ---- 11 to 14. The runs --------------------------------------------------------------
-
 
 def test_run_eval_measures_a_model_and_answers_a_question(run_align, tmp_path, capsys):
     flags = ["--algo", "eval", "--preset", "tiny", "--output_dir", tmp_path, "--overwrite"]
@@ -977,17 +886,14 @@ def test_run_eval_measures_a_model_and_answers_a_question(run_align, tmp_path, c
     run_align(*flags[:4], "--question", "What is 1+1+1?", "--eval_temperature", 0)
     assert "1+1=2" in capsys.readouterr().out.splitlines()[-1]
 
-
 LEARN = {"grpo": ["--n_grpo_steps", 4, "--rollout_batch_size", 256, "--train_batch_size", 256,
                   "--save_frequency", 3],
          "sft": ["--sft_epochs", 5], "ei": ["--n_ei_steps", 2, "--ei_batch_size", 64]}
-
 
 def learn(folder, algo, *flags, ranks=1):
     argv = ["--algo", algo, "--preset", "tiny", "--validation_frequency", 0, "--validation_size", 128,
             *LEARN[algo], *flags, "--output_dir", folder / algo]
     return fork(folder / "log", *argv, ranks=ranks)
-
 
 def test_runs_learn_and_write_all_that_they_should(run_align, tmp_path, monkeypatch):
     join(learn(tmp_path, "sft") + learn(tmp_path, "ei") + learn(tmp_path, "grpo"))
@@ -1007,7 +913,6 @@ def test_runs_learn_and_write_all_that_they_should(run_align, tmp_path, monkeypa
     run_align("--plot", "grpo", "sft", "ei")
     assert (tmp_path / "compare.png").stat().st_size > 10000
 
-
 @needs_vllm
 @pytest.mark.parametrize("algo, ranks", [("grpo", 2), ("ei", 1)])
 def test_runs_with_vllm_learn_and_agree_with_the_trainer(tiny_data, tmp_path, algo, ranks):
@@ -1016,7 +921,6 @@ def test_runs_with_vllm_learn_and_agree_with_the_trainer(tiny_data, tmp_path, al
     assert before + 0.15 < after
     for record in metrics_of(tmp_path / algo)[1:]:
         assert record["train/sampler_gap_max"] < 1e-3
-
 
 def test_runs_with_one_seed_are_equal_and_with_another_differ(small_grpo, tmp_path):
     weights, metrics = small_grpo(tmp_path / "a")
@@ -1032,7 +936,6 @@ def test_runs_with_one_seed_are_equal_and_with_another_differ(small_grpo, tmp_pa
     align.evaluate(run, 1, step=2)    # the draws of step 2
     assert run.step_metrics()["eval/accuracy"] == metrics[-1]["eval/accuracy"]
 
-
 @pytest.mark.parametrize("flags, split", [
     ("--loss_type grpo_clip --epochs_per_rollout_batch 2 --train_batch_size 16",
      "--tokens_per_microbatch 300"),
@@ -1045,7 +948,6 @@ def test_runs_do_not_depend_on_microbatches(small_grpo, tmp_path, flags, split):
     assert (one - many).abs().max() < 1e-4 * one.abs().max()
     assert_close(tmp_path / "many", tmp_path / "one", rel=1e-3, abs=1e-5)
 
-
 def test_runs_clip_off_policy_and_never_on_policy(small_grpo, tmp_path):
     flags = ["--loss_type", "grpo_clip", "--cliprange", 0.01, "--learning_rate", 1e-3]
     _, on = small_grpo(tmp_path / "on", *flags)
@@ -1053,12 +955,10 @@ def test_runs_clip_off_policy_and_never_on_policy(small_grpo, tmp_path):
     assert off[1]["train/clip_fraction"] > 0.01
     assert [record["train/clip_fraction"] for record in on[1:]] == [0, 0]
 
-
 @pytest.mark.parametrize("keep, kept", [(0, [2, 1]), (1, [2])])
 def test_runs_keep_the_checkpoints_that_they_should(small_grpo, tmp_path, keep, kept):
     small_grpo(tmp_path, "--n_grpo_steps", 3, "--save_frequency", 1, "--keep_checkpoints", keep)
     assert [int(path.name.split("-")[1]) for path in align.checkpoints(tmp_path)] == kept
-
 
 def skip_the_weight_sync_of_step_3(argv):
     sampler = align.VLLMSampler if "vllm" in argv else align.TorchSampler
@@ -1073,7 +973,6 @@ def skip_the_weight_sync_of_step_3(argv):
     sampler.load_weights = skipping
     align.main(argv)
 
-
 @pytest.mark.parametrize("dtype, gap", [("float32", 1e-3), ("bfloat16", 0.5)])
 @pytest.mark.parametrize("algo, sampler", [
     ("grpo", "torch"), ("ei", "torch"), pytest.param("grpo", "vllm", marks=needs_vllm)])
@@ -1086,7 +985,6 @@ def test_runs_stop_at_the_step_whose_weight_sync_was_skipped(tiny_data, tmp_path
     metrics = metrics_of(out)
     assert [record["step"] for record in metrics] == [0, 1, 2]
     assert all(record["train/sampler_gap_max"] < gap for record in metrics[1:])
-
 
 def test_compare_runs_what_is_not_finished_and_tabulates_it(run_align, refused, tmp_path):
     argv = ["--algo", "grpo", *SMALL, "--n_grpo_steps", 1, "--rollout_batch_size", 32,
@@ -1108,7 +1006,6 @@ def test_compare_runs_what_is_not_finished_and_tabulates_it(run_align, refused, 
     error = refused(run_align, *argv, "--group_size", 4)
     assert "holds a run with other ['group_size']" in error
 
-
 @pytest.mark.parametrize("flags, complaint", [
     ("--algo grpo --model no/such/model", "--model no/such/model cannot be loaded"),
     ("--algo grpo --train_data no/such/file.jsonl", "no/such/file.jsonl is not there"),
@@ -1120,7 +1017,6 @@ def test_runs_with_bad_input_end_in_one_sentence(flags, complaint, run_align, re
     out = ["--preset", "tiny", "--output_dir", tmp_path / "out"]
     error = refused(run_align, *flags.split(), *out)
     assert complaint in error and error.count("\n") == 1 and names_in(tmp_path) == []
-
 
 @pytest.mark.parametrize("model, complaint", [
     ({"family": Qwen2Config, "max_window_layers": 0, "use_sliding_window": True, "sliding_window": 8},
@@ -1134,22 +1030,17 @@ def test_models_that_the_packed_pass_computes_wrongly_are_refused(run_align, bas
     base[1].save_pretrained(tmp_path)
     assert complaint in refused(run_align, "--algo", "eval", "--preset", "tiny", "--model", tmp_path)
 
-
 # ---- prepare_data.py -----------------------------------------------------------------
-
 
 def write_lines(path, records):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
-
 def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
-
 def prepare(command):
     prepare_data.main(command.split())
-
 
 @pytest.fixture(scope="module")
 def arithmetic(tmp_path_factory):
@@ -1159,7 +1050,6 @@ def arithmetic(tmp_path_factory):
         patch.setattr(prepare_data, "pretrain", functools.partial(prepare_data.pretrain, steps=2))
         prepare_data.prepare_arithmetic(folder)
     return folder
-
 
 def test_arithmetic_is_right_and_train_and_test_share_no_problem(arithmetic):
     train, test = (read_lines(arithmetic / f"{name}.jsonl") for name in ("train", "test"))
@@ -1176,7 +1066,6 @@ def test_arithmetic_is_right_and_train_and_test_share_no_problem(arithmetic):
     sha256 = [entry["sha256"][:8] for entry in manifest.values()]
     assert sha256 == ["e38ee176", "68cb1e83", "83cde367"]    # the same for everybody
 
-
 def test_preparing_again_makes_only_what_is_missing(arithmetic):
     before = {path: path.stat().st_mtime_ns for path in arithmetic.rglob("*")}
     prepare_data.prepare_arithmetic(arithmetic)
@@ -1187,7 +1076,6 @@ def test_preparing_again_makes_only_what_is_missing(arithmetic):
     prepare_data.prepare_arithmetic(arithmetic)
     assert sft.read_text() == text and not partial.exists()
 
-
 MATH = {    # (problem, solution); the answer is the last box of the solution
     "train": [(f"What is ${i}+{i}$?", rf"It is $\boxed{{{2 * i}}}$.") for i in range(40)] + [
         ("Half of $3$?", r"As $\boxed{1}$ is too small, $\boxed{\frac{3}{2}}$."),
@@ -1197,7 +1085,6 @@ MATH = {    # (problem, solution); the answer is the last box of the solution
     "test": [("Is it $6$?", r"Yes, $\fbox{6}$."), ("What is 3?", r"\boxed 3.")],
 }
 FROM_COPY = "--dataset math --from_path copy"
-
 
 def write_layout(root, layout):
     """MATH as somebody might have it on disk."""
@@ -1215,7 +1102,6 @@ def write_layout(root, layout):
         else:
             datasets.Dataset.from_list(records).save_to_disk(root / split)
 
-
 @pytest.fixture
 def math_folder(tmp_path, monkeypatch, request):
     """data/MATH made of MATH, in a working directory of its own."""
@@ -1223,7 +1109,6 @@ def math_folder(tmp_path, monkeypatch, request):
     write_layout(tmp_path / "copy", getattr(request, "param", "jsonl"))
     prepare(FROM_COPY)
     return tmp_path / "data/MATH"
-
 
 @pytest.mark.parametrize("math_folder", ["tree", "jsonl", "json", "parquet", "to_disk"], indirect=True)
 def test_math_is_read_from_any_layout_and_trains_on_no_test_problem(capsys, math_folder):
@@ -1237,7 +1122,6 @@ def test_math_is_read_from_any_layout_and_trains_on_no_test_problem(capsys, math
     left_out = sorted(record["reason"] for record in read_lines(math_folder / "left_out.jsonl"))
     assert left_out == ["train: a test problem, too", "train: no final answer", "train: twice in the training set"]
 
-
 @pytest.mark.parametrize("name, record, solution", [
     ("gsm8k", {"answer": "Once 2*1,200=<<2*1200=2400>>2,400 hours.\n#### 2,400"}, "Once 2*1,200=2,400 hours."),
     ("mawps", {"chain": "<gadget id='calculator'>2 * 1_200</gadget>\n<output>2_400</output>", "result": "2_400"},
@@ -1249,7 +1133,6 @@ def test_solutions_of_gsm8k_and_mawps_as_traces_have_no_calculator_marks(name, r
     prepare(f"--dataset {name} --from_path copy --traces solutions")
     traces = align.load_traces(f"data/{name.upper()}/sft.jsonl", "r1_zero", align.r1_zero_reward_fn)
     assert [trace["response"] for trace in traces] == [f" {solution} </think> <answer> 2400 </answer>"] * 3
-
 
 @pytest.mark.parametrize("traces, file", [      # the second: a folder in a hub repository's layout
     ("openr1.jsonl", "openr1.jsonl"), ("hub:./openr1", "openr1/train.jsonl")])
@@ -1278,7 +1161,6 @@ def test_traces_are_of_training_problems_and_filtered(math_folder, traces, file,
         "no final answer after </think>", "no reasoning that ends in </think>",
         "not a trace: no problem, or no text under generations or response"]
 
-
 class Teacher(http.server.BaseHTTPRequestHandler):
     """An OpenAI-compatible server. Tests replace the functions; `asked` lists problems."""
     status = lambda self, problem: 200
@@ -1306,7 +1188,6 @@ class Teacher(http.server.BaseHTTPRequestHandler):
         self.close_connection = self.breaks_off(problem)
         self.wfile.write(data.encode()[:100 if self.close_connection else None])
 
-
 @pytest.fixture
 def teacher(math_folder, monkeypatch):
     """The class of a running teacher, and the command that asks it."""
@@ -1319,7 +1200,6 @@ def teacher(math_folder, monkeypatch):
     url = f"http://127.0.0.1:{server.server_port}/v1"
     yield handler, f"--dataset math --traces teacher --teacher_model r1 --teacher_url {url}"
     server.shutdown()
-
 
 def test_teacher_that_is_overloaded_is_asked_again(math_folder, teacher, capsys):
     handler, command = teacher
@@ -1338,7 +1218,6 @@ def test_teacher_that_is_overloaded_is_asked_again(math_folder, teacher, capsys)
     handler.status, handler.breaks_off, handler.asked = Teacher.status, Teacher.breaks_off, []
     prepare(f"{command} --teacher_samples 2 --force")
     assert len(handler.asked) == 4 and len(read_lines(math_folder / "sft.jsonl")) == 82
-
 
 def test_teacher_that_dies_is_paid_for_nothing_twice(math_folder, teacher, refused):
     handler, command = teacher
@@ -1360,7 +1239,6 @@ def test_teacher_that_dies_is_paid_for_nothing_twice(math_folder, teacher, refus
     assert len(paid) >= 16 and not paid & set(handler.asked)
     assert len(read_lines(file)) == len(read_lines(math_folder / "sft.jsonl")) == 41
 
-
 def test_teacher_gets_the_key_that_is_meant_for_it(teacher, monkeypatch):
     handler, command = teacher
     monkeypatch.setenv("OPENAI_API_KEY", "for-others")
@@ -1368,7 +1246,6 @@ def test_teacher_gets_the_key_that_is_meant_for_it(teacher, monkeypatch):
     prepare(f"{command} --teacher_problems 1")
     prepare(f"{command[:-3]}/api.deepseek.com/v1 --force --teacher_problems 2")
     assert handler.keys == {"Bearer for-others", "Bearer for-deepseek"}
-
 
 def test_preparing_replaces_no_file_of_somebody_else(math_folder, refused):
     traces, sft = "--dataset math --traces solutions", math_folder / "sft.jsonl"
@@ -1379,7 +1256,6 @@ def test_preparing_replaces_no_file_of_somebody_else(math_folder, refused):
     with open(math_folder / "test.jsonl", "a") as file:    # of which a trace may be now
         file.write('{"problem": "What is $4+4$?", "answer": "8"}\n')
     assert "is there already, from solutions, for the problems" in refused(prepare, traces)
-
 
 @pytest.mark.parametrize("command, complaint", [
     ("--dataset math --force", "name a mirror"),

@@ -34,10 +34,8 @@ CUDA = torch.cuda.is_available()
 DEVICE, SMALLER = ("cuda", "") if CUDA else ("cpu", "; smaller, for a CPU")
 DEADLINE = 600      # seconds
 
-
 class LeftOut(Exception):
     """Why a check is not made here."""
-
 
 def now():
     """Seconds, once the GPU has done all that it was asked for."""
@@ -45,16 +43,13 @@ def now():
         torch.cuda.synchronize()
     return time.perf_counter()
 
-
 def error_of(values, references):
     """|value − reference| / |reference|, the largest of several tensors', nan if one of them is."""
     errors = [(value - reference).double().norm() / reference.double().norm()
               for value, reference in zip(values, references, strict=True)]
     return torch.stack(errors).max().item()
 
-
 # ---- kernels: against references in float32 ------------------------------------------
-
 
 def choose_attention(kernel):
     """Lets packed_attention take this kernel from now on."""
@@ -64,14 +59,12 @@ def choose_attention(kernel):
         raise align.flash_attn_error
     align.use_flash_attn = lambda *_: kernel == "flash-attn"
 
-
 def made_up_rows(longest):
     """Pairs of lists of ids: prompts, some of one token, and three responses of 1 to `longest` tokens to each."""
     rng = random.Random(0)
     prompts = [[rng.randrange(1000) for _ in range(length)] for length in (1, longest // 5, 1, 7)]
     lengths = [1, longest] + [rng.randint(1, longest) for _ in range(10)]
     return [(prompts[i // 3], [rng.randrange(1000) for _ in range(n)]) for i, n in enumerate(lengths)]
-
 
 def attention(kernel, dtype):
     """packed_attention and its gradients against softmax(q kᵀ / √D) v, written out."""
@@ -98,7 +91,6 @@ def attention(kernel, dtype):
     result = f"error {error:.1e} of output and gradients; 12 rows of up to {rows.shape[1]} tokens{SMALLER}"
     return result, f"{limit:.0e}", error <= limit
 
-
 def log_probs():
     """ChunkedLogProbs in bfloat16 against float32 log_softmax on whole logits, of the same rounded numbers."""
     n, width, vocab = (2048, 1536, 151936) if CUDA else (150, 32, 151936)
@@ -120,7 +112,6 @@ def log_probs():
     return (f"log-probs and entropies {nats:.1e} nats off, gradients' error {error:.1e}; {n} tokens, vocabulary "
             f"{vocab}{SMALLER}", f"{limit:.1e} nats, 1e-02", nats <= limit and error <= 1e-2)
 
-
 def random_llama(vocab):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -128,7 +119,6 @@ def random_llama(vocab):
         num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.1, eos_token_id=0, pad_token_id=0)
     with torch.device(DEVICE):
         return align.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-
 
 def packed_update(kernel, dtype):
     """get_packed_log_probs and its gradient against get_response_log_probs with eager attention in float32."""
@@ -156,14 +146,12 @@ def packed_update(kernel, dtype):
     limit, why = (2 * error_of(rounded, exact), ", twice whole rows'") if dtype == "bfloat16" else (1e-3, "")
     return f"error {error:.1e} of log-probs and gradient; 12 rows{SMALLER}", f"{limit:.1e}{why}", error <= limit
 
-
 def made_up_tokenizer(vocab):
     """A byte-level tokenizer, as Qwen's, of this many tokens."""
     words = ["<eos>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), *(f"w{i}" for i in range(vocab))]
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE({word: i for i, word in enumerate(words[:vocab])}, []))
     bpe.pre_tokenizer, bpe.decoder = tokenizers.pre_tokenizers.ByteLevel(False), tokenizers.decoders.ByteLevel()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<eos>")
-
 
 def sampled_frequencies():
     """First tokens of many responses against softmax; all but 152 of the vocabulary have probability 0."""
@@ -200,9 +188,7 @@ def sampled_frequencies():
             f"{limit:.2f}; 0; 1e-12; 1e-15",
             squares <= limit and never == 0 and max(strays) <= 1e-12 and max(falls) <= 1e-15)
 
-
 # ---- tiny: a whole run ---------------------------------------------------------------
-
 
 def tiny_preset():
     flags = "--algo grpo --preset tiny --sampler torch --save_frequency 0"
@@ -220,9 +206,7 @@ def tiny_preset():
     return (f"accuracy {before:.1%} → {after:.1%} in {len(records) - 1} steps, "
             f"{records[-1]['seconds']:.0f} s without validations", f"{bar:.1%}{why}", after >= bar)
 
-
 # ---- vllm_…: weight syncs ------------------------------------------------------------
-
 
 def make_run(model, tokenizer, flags):
     """A Run as load_run makes it, of a model that is here already."""
@@ -230,13 +214,11 @@ def make_run(model, tokenizer, flags):
     sampler = align.make_sampler(args, tokenizer)
     return align.Run(args, model, tokenizer, sampler, *align.reward_fn_and_stop(args.prompt), None)
 
-
 def move(model, share):
     """Moves each weight by a share of its parameter's standard deviation, or of 0.01 where all are equal, as at first."""
     for parameter in model.parameters():
         scale = parameter.std(correction=0).clamp(min=0.01)
         parameter.data += share * scale * torch.randn_like(parameter)
-
 
 def weight_syncs(dtype, sleep):
     """Each weight sync is followed by the exact comparison, 32 responses and the comparison of log-probs."""
@@ -270,9 +252,7 @@ def weight_syncs(dtype, sleep):
     return (f"10 right, {seconds:.2f} s each with 32 responses, log-prob gap {mean:.1e} nats, {largest:.1e} at most; "
             f"{len(noticed)} of 2 skipped ones noticed", f"10; {limits[0]:g}, {limits[1]:g}; 2", len(noticed) == 2)
 
-
 # ---- step: of the math preset, with random weights of Qwen2.5-1.5B's shape -----------
-
 
 @functools.cache
 def step_run():
@@ -300,7 +280,6 @@ def step_run():
     signs = torch.tensor([[(-1.0)**i] for i in range(n)], device=DEVICE)    # every response teaches something
     return run, {"pairs": [(prompts[i // 8], ids(longest * 176 // 1024, longest)) for i in range(n)],
                  "raw_rewards": signs, "advantages": signs, "sampler_log_probs": None, "old_log_probs": None}
-
 
 def training_step(after_vllm=False):
     """The second of two updates (the first one warms up), made as a run makes it."""
@@ -337,7 +316,6 @@ def training_step(after_vllm=False):
     result += f", {'flash-attn' if flash_calls else 'sdpa'}; peak {peak / 1e9:.1f} GB, free {free / 1e9:.1f}"
     return result, f"0.07 to 0.10 s estimated; flash-attn if installed; {room / 1e9:.0f} GB", right and peak <= room
 
-
 def step_sampling():
     """vLLM starts beside the model, its gradients' room and the optimizer; a sync; a step's responses."""
     if not installed("vllm"):
@@ -362,7 +340,6 @@ def step_sampling():
             f"{times[2] - times[1]:.1f} s with another sync and its checks; gap {gap:.1e} nats{SMALLER}",
             "0.3 s, 10 to 20 s estimated", True)
 
-
 # ---- The table -----------------------------------------------------------------------
 
 KERNELS = [("sdpa", "float32"), ("sdpa", "bfloat16"), ("flash-attn", "bfloat16")]
@@ -381,7 +358,6 @@ for dtype, sleep in (("bfloat16", False), ("bfloat16", True), ("float32", False)
     title = f"weight syncs, vLLM, {dtype}{', sleep' * sleep}"
     GROUPS[f"vllm_{dtype}{'_sleep' * sleep}"] = [(title, weight_syncs, (dtype, sleep))]
 
-
 def make_checks(group, file):
     """Makes the checks of a group in this process; writes the cells of each one's row as a line of JSON."""
     for title, check, arguments in GROUPS[group]:
@@ -398,7 +374,6 @@ def make_checks(group, file):
             rows.write(json.dumps(row) + "\n")
         if CUDA:
             torch.cuda.empty_cache()        # vLLM counts what is free
-
 
 def rows_of(group, seconds):
     """The rows of a group from a process of its own; those that it does not live to write are FAILED."""
@@ -421,7 +396,6 @@ def rows_of(group, seconds):
         last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1][:150]
     return rows + [[title, f"{end}; {last}", "", "", "FAILED"] for title in titles[len(rows):]]
 
-
 def heading():
     """GPU, driver, versions and commit."""
     def output_of(*command):
@@ -434,7 +408,6 @@ def heading():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             words.append(f"{package} {importlib.metadata.version(package)}")
     return "; ".join([*words, f"commit {output_of('git', 'describe', '--always', '--dirty') or 'unknown'}"])
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -449,7 +422,6 @@ def main():
             print("|", " | ".join(cell.replace("|", "/") for cell in row), "|", flush=True)
             failed |= row[-1] == "FAILED"
     sys.exit(int(failed))
-
 
 if __name__ == "__main__":
     main()

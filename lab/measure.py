@@ -67,11 +67,9 @@ TABLES = {      # a table and the names that measure its rows; where there are s
     "ranks": ["ranks", "memory_per_rank"],
 }
 
-
 # ---------------------------------------------------------------------------------------------------------------
 # Tables, runs, and what runs wrote
 # ---------------------------------------------------------------------------------------------------------------
-
 
 def replace_rows(text, table, name, rows, note):
     """The text with the rows of one name, and the note on them, replaced in the table between its markers."""
@@ -99,7 +97,6 @@ def replace_rows(text, table, name, rows, note):
         lines.append(f"- {', '.join(with_it)}: {note}")
     return before + start + "\n" + "\n".join(lines) + "\n\n" + end + after
 
-
 def where_and_when():
     """What stands below a table: machine, commit and date."""
     import torch
@@ -110,19 +107,15 @@ def where_and_when():
         commit += " + changes"
     return f"{cpu}, {len(os.sched_getaffinity(0))} cores, {gpu}; commit {commit}; {datetime.date.today()}"
 
-
 def output_of(*command):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
 
 def folder_of(*names):
     """A folder for runs of align.py as it is now."""
     return ROOT.joinpath("lab_output", output_of("git", "hash-object", "align.py")[:7], *names)
 
-
 def command_of(flags, folder, *more, script="align.py", ranks=1):
     return [*python_on(ranks), str(script), *flags.split(), "--output_dir", str(folder), *more]
-
 
 def run(folder, flags, unfinished="--overwrite", **how):
     """Runs align.py into the folder, unless that has been done; returns its seconds, start included. What has become
@@ -134,7 +127,6 @@ def run(folder, flags, unfinished="--overwrite", **how):
         done.write_text(f"{time.perf_counter() - started}")
     return float(done.read_text())
 
-
 def compare(name, flags):
     """Runs align.py --compare FLAG=A,B, which resumes by itself; returns {value: the folders of its runs}."""
     subprocess.run(command_of(flags, folder_of(name)), cwd=ROOT, check=True)
@@ -145,7 +137,6 @@ def compare(name, flags):
         folders[value] = [folder_of(name, label, f"seed{seed}") for seed in range(3)]
     return folders
 
-
 def records_of(folder):
     """What a run logged, a dict for each step. An evaluation has its summary."""
     path = folder / "metrics.jsonl"
@@ -153,44 +144,36 @@ def records_of(folder):
         return [json.loads((folder / "summary.json").read_text())]
     return [json.loads(line) for line in open(path)]
 
-
 def values_of(folder, *names):
     """The values of a metric at the steps that have it; of several metrics the sums at each step."""
     records = [record for record in records_of(folder) if record.get(names[0]) is not None]
     return [sum(record[name] for name in names) for record in records]
 
-
 def percent(folder, name="eval/accuracy", when=-1):
     """A share at the end of a run, or with when=0 before its first step."""
     return 100 * values_of(folder, name)[when]
-
 
 def mean_percent(folders, name="eval/accuracy", when=-1):
     """The same of several runs: mean ± standard deviation."""
     return mean_and_spread([percent(folder, name, when) for folder in folders])
 
-
 def mean_and_spread(percents):
     spread = f" ± {statistics.stdev(percents):.1f}" if len(percents) > 1 else ""
     return f"{statistics.fmean(percents):.1f}{spread}"
 
-
 # ---------------------------------------------------------------------------------------------------------------
 # Experiments
 # ---------------------------------------------------------------------------------------------------------------
-
 
 def seconds_of(folder):
     """A run's seconds of sampling, grading and training, up to its last step."""
     import align
     return align.read_metrics(folder)[-1]["seconds"]
 
-
 def timed(algo):
     """A run of a preset, whole, as a reader types it."""
     folder = folder_of("timed", algo)
     return folder, run(folder, f"--algo {algo}")
-
 
 def experiment(name):
     if name == "sampler" and not installed("vllm"):
@@ -206,7 +189,6 @@ def experiment(name):
     steps = ", ".join(steps_to_80_percent(runs) for runs in variants)
     return [[f"[`{EXPERIMENTS[name]}`]({name}.png)", accuracies, steps]]
 
-
 def steps_to_80_percent(runs):
     """The first validated step at which a run is so good, mean over the runs that are; of how many, if not of all."""
     firsts = []
@@ -217,7 +199,6 @@ def steps_to_80_percent(runs):
         return "–"
     share = "" if len(firsts) == len(runs) else f" ({len(firsts)} of {len(runs)})"
     return f"{statistics.fmean(firsts):.0f}{share}"
-
 
 def presets():
     """The first table of README.md and its picture, and the picture of the budgets."""
@@ -235,12 +216,10 @@ def presets():
     shutil.copy(folder / "curves.png", LAB / "grpo.png")
     return rows
 
-
 def tiny_step():
     times = values_of(timed("grpo")[0], "time/sampling", "time/grading", "time/training")
     return [["GRPO step of the tiny preset, 512 responses", f"{statistics.median(times):.2f} s", "",
              f"median; {min(times):.2f} to {max(times):.2f} s"]]
-
 
 def budget():
     rows = []
@@ -254,7 +233,6 @@ def budget():
             tokens = statistics.fmean(sum(values_of(folder, "train/tokens")) for folder in runs)
             rows.append([f"{algo}, {value} {unit}", mean_percent(runs), f"{seconds:.0f}", f"{tokens / 1000:.0f}"])
     return rows
-
 
 # SmolLM2-135M on word problems: the flags of all stages and of each. lab/README.md has the same commands.
 WORDS = {
@@ -275,7 +253,6 @@ WORDS = {
 WORDS_TITLES = {
     "sft": "SFT on 200 one-line solutions", "ei": "from there, expert iteration", "grpo": "from SFT, GRPO",
     "no_baseline": "from SFT, GRPO with `no_baseline`"}
-
 
 def words():
     """A real language model on one- and two-step word problems, three seeds: four and a half hours."""
@@ -300,11 +277,9 @@ def words():
         rows.append([title, *words_cells(evals[stage]), f"{seconds / 60:.0f} min"])
     return rows
 
-
 def words_cells(folders):
     cells = [mean_percent(folders, f"eval/{name}") for name in ("accuracy", "lenient", "format", "pass@8")]
     return [f"{cell} %" for cell in (*cells, *map(mean_and_spread, zip(*map(arithmetic, folders))))]
-
 
 def arithmetic(folder):
     """Of an evaluation's responses, in percent: those whose operations lead to the answer, and the steps that hold."""
@@ -316,9 +291,7 @@ def arithmetic(folder):
         leads.append(end == Fraction(sample["answer"]))
     return [100 * statistics.fmean(shares or [False]) for shares in (leads, steps)]
 
-
 OPERATIONS = {"+": operator.add, "-": operator.sub, "–": operator.sub, "*": operator.mul, "/": operator.truediv}
-
 
 def follow(response):
     """Whether each step, such as 62 - 33 = 29, holds, and what the last one gives where each is computed right."""
@@ -333,18 +306,15 @@ def follow(response):
         results[said] = end
     return holds, end
 
-
 # ---------------------------------------------------------------------------------------------------------------
 # The bugs that do not crash: patches of align.py in lab/mistakes/
 # ---------------------------------------------------------------------------------------------------------------
-
 
 def notes_of(patch):
     """The comments above a patch. Of a mistake: Mistake, Symptom, and where they matter Flags of the run and the Error
     it ends in. Of a variant: Variant, Source, Seen, and where they matter Flags, the package that it Needs, the
     script that makes the Data of its own task, and the Ranks that it is for."""
     return dict(re.findall(r"^# (\w+): (.*)$", patch.read_text(), re.MULTILINE))
-
 
 def patched_copy(patch, folder):
     """A copy of align.py with the patch in it."""
@@ -354,7 +324,6 @@ def patched_copy(patch, folder):
     subprocess.run(["git", "apply", patch], cwd=folder, env=outside_of_git, check=True)
     return folder / "align.py"
 
-
 def mistakes():
     rows = [["a healthy run", "none", *figures("none", "align.py", "")]]
     for patch in sorted(LAB.glob("mistakes/*.patch")):
@@ -362,7 +331,6 @@ def mistakes():
         script = patched_copy(patch, folder_of("mistakes", patch.stem))
         rows.append([notes["Symptom"], notes["Mistake"], *figures(patch.stem, script, notes.get("Flags", ""))])
     return rows
-
 
 def figures(name, script, flags):
     """Accuracies of two seeds, and what other metrics were at the first and the last step of the first."""
@@ -378,11 +346,9 @@ def figures(name, script, flags):
         cells.append(f"{values[0]:.2g} → {values[-1]:.2g}")
     return cells
 
-
 # ---------------------------------------------------------------------------------------------------------------
 # The field's ideas as patches of align.py, in lab/variants/
 # ---------------------------------------------------------------------------------------------------------------
-
 
 def variants():
     rows = [["align.py as it is", "", "", mean_percent(variant_runs(ROOT / "align.py", "")), "", ""]]
@@ -409,7 +375,6 @@ def variants():
         rows.append([*row, mean_percent(runs), unpatched, notes.get("Seen", "")])
     return rows
 
-
 def variant_runs(script, flags):
     """The folders of three seeds. They are named by the script and the flags, so that what changes is run anew."""
     of_this = hashlib.sha256(script.read_bytes() + flags.encode()).hexdigest()[:7]
@@ -418,7 +383,6 @@ def variant_runs(script, flags):
         run(folder, f"{SHORT['$G']} {flags} --seed {seed}", script=script)
     return folders
 
-
 def changed_lines(patch):
     """How many lines a patch adds and takes away: "+20 −8"."""
     lines = patch.read_text().splitlines()
@@ -426,13 +390,11 @@ def changed_lines(patch):
     removed = sum(line.startswith("-") and not line.startswith("--- ") for line in lines)
     return f"+{added} −{removed}"
 
-
 def make_data(script, align):
     """Runs the script that makes a variant's data, with the patched align.py, unless it has been run."""
     if not (ROOT / "data" / script.stem / "base_model").exists():
         environment = os.environ | {"PYTHONPATH": str(align.parent)}
         subprocess.run([sys.executable, script], cwd=ROOT, env=environment, check=True)
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # Killed runs, many ranks, grading
@@ -445,13 +407,11 @@ KILLED = {
     "EI": "--algo ei --n_ei_steps 4 --ei_batch_size 8 --validation_frequency 2 --save_frequency 1",
 }
 
-
 def kills():
     rows = [[title, *kills_of(title, flags, OPTIONS.kills)] for title, flags in KILLED.items()]
     if installed("vllm"):
         rows.append(["GRPO, vLLM", *kills_of("vLLM", f"{KILLED['GRPO']} --sampler vllm", 1)])
     return rows
-
 
 def kills_of(title, flags, kills):
     flags += " --preset tiny --validation_size 16 --keep_checkpoints 2"
@@ -476,7 +436,6 @@ def kills_of(title, flags, kills):
         same += content(out) == content(whole)
     return f"{killed}, {writing} of them while a checkpoint was being written", f"{same} of {kills}"
 
-
 def content(folder):
     """What equal runs have in common: weights, samples, and metrics but for the times."""
     untimed = []
@@ -484,7 +443,6 @@ def content(folder):
         untimed.append({name: value for name, value in record.items() if not name.startswith("time")})
     weights = (folder / "final_model/model.safetensors").read_bytes()
     return weights, (folder / "samples.jsonl").read_bytes(), untimed
-
 
 def ranks():
     """The same run on 1, 2 and 4 processes."""
@@ -508,18 +466,15 @@ def ranks():
         rows.append(["the same with vLLM on 2 ranks, an engine per rank", f"log-probs at most {gap:.0e} nats apart"])
     return rows
 
-
 def weights_of(folder):
     import torch
     from safetensors.torch import load_file
     tensors = load_file(folder / "model.safetensors")
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
-
 # ---------------------------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------------------------
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -539,7 +494,6 @@ def main():
     if unknown:
         parser.error(f"no such name: {', '.join(unknown)}")
 
-
 def measure(table, name):
     """Measures the rows of this name and writes them into the table."""
     if name in EXPERIMENTS:
@@ -553,7 +507,6 @@ def measure(table, name):
         if rows and f"<!-- measure {table} -->" in text:
             path.write_text(replace_rows(text, table, name, rows, where_and_when()), encoding="utf-8")
             print(f"{name}: written to {path.relative_to(ROOT)}")
-
 
 if __name__ == "__main__":
     main()

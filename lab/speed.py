@@ -18,33 +18,27 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))       # for `import align`
 
-
 def alone(function, *arguments, start=(sys.executable,)):
     """What a function of this file returns in a new process, or in several ranks."""
     command = [*start, __file__, function.__name__, json.dumps(arguments)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
-
 def python_on(ranks):
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
     return [sys.executable, *torchrun] if ranks > 1 else [sys.executable]
 
-
 def installed(module):
     return importlib.util.find_spec(module) is not None
-
 
 def leave_out(name, needed):
     print(f"{name} is left out: it needs {needed}")
     return []
 
-
 def seconds_of(function):
     started = time.perf_counter()
     function()
     return time.perf_counter() - started
-
 
 def alternate(rounds, **measurements):
     """Makes the measurements in turn, several times; the median of each, in their order."""
@@ -54,28 +48,23 @@ def alternate(rounds, **measurements):
             results[name].append(measurement())
     return [statistics.median(values) for values in results.values()]
 
-
 def memory(name):
     """Megabytes of this process: VmRSS now, VmHWM at most."""
     return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1000
-
 
 def peak_of(function):
     Path("/proc/self/clear_refs").write_text("5")       # forgets the peak so far
     function()
     return memory("VmHWM")
 
-
 # ---------------------------------------------------------------------------------------------------------------
 # A step of GRPO, against TRL
 # ---------------------------------------------------------------------------------------------------------------
-
 
 def coin_reward_fn(response, ground_truth):
     """As good as random, so that every group has something to learn, whatever the model."""
     reward = float(len(response) % 2)
     return {"reward": reward, "format_reward": reward, "answer_reward": reward}
-
 
 def trl(options):
     if not installed("trl"):
@@ -96,7 +85,6 @@ def trl(options):
                      f"{ours:.2f} s", f"{theirs:.2f} s, TRL", f"{theirs / ours:.1f} times as fast"])
     return rows
 
-
 def align_step(model, prompt, questions, tokens, steps):
     """Median seconds of align.py's GRPO steps; where there are several the first one warms up."""
     import align
@@ -111,7 +99,6 @@ def align_step(model, prompt, questions, tokens, steps):
     records = [json.loads(line) for line in open(folder / "align_output/metrics.jsonl")][1:]        # step 0 validates
     times = [record["time/sampling"] + record["time/grading"] + record["time/training"] for record in records]
     return statistics.median(times[steps > 1:])
-
 
 def trl_step(model, prompt, questions, tokens, steps, batch):
     """The same of TRL: one generation of 8 responses to each prompt, one update on all of them."""
@@ -146,11 +133,9 @@ def trl_step(model, prompt, questions, tokens, steps, batch):
     times = [after - before for before, after in zip(ends, ends[1:])]
     return statistics.median(times[steps > 1:])
 
-
 # ---------------------------------------------------------------------------------------------------------------
 # Sampling
 # ---------------------------------------------------------------------------------------------------------------
-
 
 def sampling(options):
     if not options.smollm2:
@@ -163,7 +148,6 @@ def sampling(options):
                      ", ".join(f"{speed:.0f}, {name}" for name, speed in speeds.items()),
                      ", ".join(f"{ours / speed:.2f} times" for speed in speeds.values())])
     return rows
-
 
 def sampling_speeds(folder, dtype, rounds):
     """Tokens per second of each sampler."""
@@ -191,11 +175,9 @@ def sampling_speeds(folder, dtype, rounds):
     seconds = alternate(rounds, **{name: lambda work=work: seconds_of(work) for name, work in works.items()})
     return {name: 8 * 8 * 128 / each for name, each in zip(works, seconds)}
 
-
 # ---------------------------------------------------------------------------------------------------------------
 # Updates
 # ---------------------------------------------------------------------------------------------------------------
-
 
 def model_of(folder):
     import torch
@@ -203,7 +185,6 @@ def model_of(folder):
 
     import align  # noqa: F401, for its attention
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="packed")
-
 
 def update_seconds(model, prompts, responses, at_a_time):
     """Seconds of forward and backward over lists of token ids, with 8 responses to each prompt."""
@@ -216,14 +197,12 @@ def update_seconds(model, prompts, responses, at_a_time):
     model.zero_grad()
     return time.perf_counter() - started
 
-
 def training_rate(options):
     if not options.smollm2:
         return leave_out("training_rate", "--smollm2 FOLDER")
     ours, matrix, seconds = alone(training_rates, options.smollm2, options.rounds)
     return [["forward and backward, SmolLM2-135M, float32, 8 × 8 responses of 111 tokens",
              f"{ours:.0f} GFLOP/s, {seconds:.1f} s", f"{matrix:.0f}, a 2048³ matrix product", f"{ours / matrix:.0%}"]]
-
 
 def training_rates(folder, rounds):
     """GFLOP/s of a pass and of a large matrix product, and the seconds of the pass."""
@@ -240,13 +219,11 @@ def training_rates(folder, rounds):
     work = 6 * ((model.num_parameters() - head) * (8 * 150 + 64 * 111) + head * 64 * 111)
     return work / seconds / 1e9, 2 * 2048**3 / matrix / 1e9, seconds
 
-
 def linear(options):
     costs = alone(costs_per_token, options.rounds)
     return [["an update at 1, 2, 4, 8 times the tokens (9,000 … 72,000), tiny model",
              ", ".join(f"{cost:.1f}" for cost in costs) + " µs per token", "",
              f"equal within {max(costs) / min(costs) - 1:.0%}"]]
-
 
 def costs_per_token(rounds):
     model, costs = model_of(ROOT / "data/arithmetic/base_model"), []
@@ -258,15 +235,12 @@ def costs_per_token(rounds):
         costs.append(seconds / sum(map(len, prompts + responses)) * 1e6)
     return costs
 
-
 # ---------------------------------------------------------------------------------------------------------------
 # Grading
 # ---------------------------------------------------------------------------------------------------------------
 
-
 def grading(options):
     return alone(grading_rows, options.rounds, options.labelled)
-
 
 def grading_rows(rounds, labelled):
     import align
@@ -311,7 +285,6 @@ def grading_rows(rounds, labelled):
                  f"{ours:.1f} s; math-verify on each, in process: {theirs:.1f} s"])
     return rows
 
-
 def grade_by_math_verify(align, responses, truths):
     from math_verify import parse, verify
     for response, truth in zip(responses, truths):
@@ -319,11 +292,9 @@ def grade_by_math_verify(align, responses, truths):
         if answer is not None:
             verify(parse(rf"\boxed{{{truth}}}"), parse(rf"\boxed{{{answer}}}"))
 
-
 # ---------------------------------------------------------------------------------------------------------------
 # Memory
 # ---------------------------------------------------------------------------------------------------------------
-
 
 def log_probs(options):
     rows = []
@@ -338,7 +309,6 @@ def log_probs(options):
                      f"{plain_peak:.2f} GB, {plain_seconds:.1f} s, all logits at once",
                      f"{peak / plain_peak:.2f} of the memory, {seconds / plain_seconds:.2f} of the time"])
     return rows
-
 
 def log_probs_once(vocabulary, how):
     """How many GB the peak of memory is above the model's own, and the median seconds of three passes."""
@@ -364,7 +334,6 @@ def log_probs_once(vocabulary, how):
     peak = peak_of(lambda: times.extend(seconds_of(work) for _ in range(3)))
     return (peak - before) / 1000, statistics.median(times)
 
-
 def memory_per_rank(options):
     from measure import patched_copy
     rows, folder = [], tempfile.mkdtemp()
@@ -375,7 +344,6 @@ def memory_per_rank(options):
         rows.append([f"with `fsdp`, a rank's memory, {n} in all, a model of {size:.0f} MB in float32",
                      f"{training:,.0f} MB at most in training, {sync:.0f} MB more in a weight sync"])
     return rows
-
 
 def rank_memory(folder):
     """One of the ranks: weights, gradients and AdamW's state, with a batch too small to matter."""
@@ -410,7 +378,6 @@ def rank_memory(folder):
     after = memory("VmRSS")
     peaks = align.all_gather((size, training, peak_of(sync) - after))
     return [max(column) for column in zip(*peaks)]
-
 
 if __name__ == "__main__":
     function, arguments = sys.argv[1:]

@@ -61,11 +61,9 @@ Commentary on `sampling`.
 <!-- end -->
 """
 
-
 # ---------------------------------------------------------------------------------------------------------------
 # Tables
 # ---------------------------------------------------------------------------------------------------------------
-
 
 def test_the_rows_of_a_name_are_replaced_and_all_else_stays():
     text = measure.replace_rows(PAGE, "speed", "sampling", [["float32", "400"]], "a new machine")
@@ -73,23 +71,19 @@ def test_the_rows_of_a_name_are_replaced_and_all_else_stays():
         "| `sampling` | float32 | 300 |\n| `sampling` | bfloat16 | 600 |", "| `sampling` | float32 | 400 |"
     ).replace("- `trl`, `sampling`: an old machine", "- `sampling`: a new machine\n- `trl`: an old machine")
 
-
 def test_a_new_name_takes_its_place_in_the_order_of_the_names():
     text = measure.replace_rows(PAGE, "speed", "tiny_step", [["a tiny step", "2 s"]], "an old machine")
     assert "|---|---|---|\n| `tiny_step` | a tiny step | 2 s |\n| `trl` |" in text
     assert "- `tiny_step`, `trl`, `sampling`: an old machine" in text
-
 
 def test_a_table_of_one_name_is_replaced_below_its_heading():
     text = measure.replace_rows(PAGE, "budget", "budget", [["one", "2"], ["two", "3"]], "a new machine")
     assert "| | accuracy |\n|---|---|\n| one | 2 |\n| two | 3 |\n\n- `budget`: a new machine\n\n<!-- end -->" in text
     assert "word" not in text and text.startswith(PAGE[:PAGE.index("<!-- measure budget")])
 
-
 def test_writing_the_same_rows_twice_changes_nothing_more():
     once = measure.replace_rows(PAGE, "speed", "linear", [["cost", "40"]], "a new machine")
     assert measure.replace_rows(once, "speed", "linear", [["cost", "40"]], "a new machine") == once
-
 
 def test_every_marker_has_a_function_that_measures_it_and_every_table_has_a_marker():
     pages = [(ROOT / "README.md").read_text(), (LAB / "README.md").read_text()]
@@ -103,7 +97,6 @@ def test_every_marker_has_a_function_that_measures_it_and_every_table_has_a_mark
         for name in names:
             assert name in measure.EXPERIMENTS or hasattr(speed, name) or hasattr(measure, name)
 
-
 def test_the_page_has_the_commands_of_the_word_problems_and_align_py_takes_them():
     page = " ".join((LAB / "README.md").read_text().replace("\\\n", " ").split())
     for stage, flags in measure.WORDS.items():
@@ -112,31 +105,26 @@ def test_the_page_has_the_commands_of_the_word_problems_and_align_py_takes_them(
             algo = "grpo" if stage == "no_baseline" else stage
             assert align.parse_args(f"{measure.WORDS['all']} {flags}".split()).algo == algo
 
-
 def test_the_operations_and_the_steps_of_a_response():
     assert measure.follow("27 + 42 = 79, 79 - 11 = 68 </think> <answer> 68 </answer>") == ([False, True], 58)
     assert measure.follow("9 – 3 = 6, 3 * 6 = 18, 18 / 4 = 4.5") == ([True, True, True], 4.5)
     assert measure.follow("5 / 0 = 5, 5 + 1 = 6") == ([False], None)
     assert measure.follow("the answer is 7") == ([], None)
 
-
 def test_the_pictures_and_patches_that_the_page_names_are_there():
     page = (LAB / "README.md").read_text()
     for name in re.findall(r"\((\w+\.png)\)", page) + re.findall(r"mistakes/\w+\.patch", page):
         assert (LAB / name).exists(), name
 
-
 # ---------------------------------------------------------------------------------------------------------------
 # Mistakes
 # ---------------------------------------------------------------------------------------------------------------
-
 
 def run_patched(patch, folder, steps):
     """Some tiny GRPO steps of a copy of align.py with a patch, in folder/out."""
     script = measure.patched_copy(patch, folder)
     assert script.read_text() != (ROOT / "align.py").read_text()
     return run_script(script, measure.notes_of(patch).get("Flags", ""), steps)
-
 
 def run_script(script, more_flags, steps, ranks=1):
     """The same of a script, in its folder's out."""
@@ -145,7 +133,6 @@ def run_script(script, more_flags, steps, ranks=1):
     command = measure.command_of(f"{flags} {more_flags}", script.parent / "out", script=script, ranks=ranks)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
 def test_a_mistake_can_be_made_and_runs_or_ends_in_its_error(patch, tmp_path):
@@ -158,11 +145,9 @@ def test_a_mistake_can_be_made_and_runs_or_ends_in_its_error(patch, tmp_path):
         assert len(measure.values_of(tmp_path / "out", "train/reward")) == 2
     assert notes["Mistake"] and notes["Symptom"]
 
-
 # ---------------------------------------------------------------------------------------------------------------
 # Variants
 # ---------------------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("patch", VARIANTS, ids=lambda patch: patch.stem)
 def test_a_variant_fits_and_runs_and_names_its_paper(patch, tmp_path):
@@ -175,7 +160,6 @@ def test_a_variant_fits_and_runs_and_names_its_paper(patch, tmp_path):
     rewards = measure.values_of(tmp_path / "out", "train/reward")
     losses = measure.values_of(tmp_path / "out", "train/loss")
     assert len(rewards) == len(losses) == 3 and all(map(math.isfinite, rewards + losses))
-
 
 def test_fsdp_on_two_ranks_is_the_run_of_one_process_and_another_number_resumes_it(tmp_path):
     script = measure.patched_copy(LAB / "variants/fsdp.patch", tmp_path / "sharded")
@@ -197,7 +181,6 @@ def test_fsdp_on_two_ranks_is_the_run_of_one_process_and_another_number_resumes_
     samples = [(tmp_path / name / "out/samples.jsonl").read_bytes() for name in ("sharded", "whole")]
     assert samples[0] == samples[1]
 
-
 def test_the_four_patches_of_dapo_fit_together_and_run(tmp_path):
     names = ["clip_higher", "dynamic_sampling", "token_level_loss", "overlong_punishment"]
     patches = [LAB / f"variants/{name}.patch" for name in names]
@@ -209,7 +192,6 @@ def test_the_four_patches_of_dapo_fit_together_and_run(tmp_path):
     assert done.returncode == 0, done.stderr
     for metric in ("clip_fraction", "mixed_groups", "overlong_punishment"):
         assert len(measure.values_of(tmp_path / "out", f"train/{metric}")) == 2
-
 
 @pytest.fixture(scope="session")
 def variant(tmp_path_factory):
@@ -225,11 +207,9 @@ def variant(tmp_path_factory):
 
     return load
 
-
 def near(found, expected):
     torch.testing.assert_close(torch.as_tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-6)
     return True
-
 
 def grpo_update(align, monkeypatch, log_probs, advantages, flags="", old=None, entropy=None, **more):
     """One GRPO update where log_probs, a list for each response, stand in for the model.
@@ -251,11 +231,9 @@ def grpo_update(align, monkeypatch, log_probs, advantages, flags="", old=None, e
     align.grpo_update(run, batch, list(range(len(lengths))), 1)
     return losses[0], policy.grad
 
-
 def log(*ratios):
     """The log-probs of tokens whose ratio to an old log-prob of 0 is this."""
     return [math.log(ratio) for ratio in ratios]
-
 
 def advantages_of(align, monkeypatch, rewards, group_size, by_std=True, **more):
     """Advantages of given rewards, without the grading."""
@@ -263,7 +241,6 @@ def advantages_of(align, monkeypatch, rewards, group_size, by_std=True, **more):
     monkeypatch.setattr(align, "grade_responses", lambda *_: (graded, 0))
     texts = [""] * len(rewards)
     return align.compute_group_normalized_rewards(None, texts, texts, group_size, 1e-6, by_std, **more)[0]
-
 
 def test_kl_penalty_is_r_less_log_r_less_1_and_pulls_every_row(variant, monkeypatch):
     align = variant("kl_penalty")
@@ -278,13 +255,11 @@ def test_kl_penalty_is_r_less_log_r_less_1_and_pulls_every_row(variant, monkeypa
     k3 = 1 - math.log(2) + math.log(2) - 0.5 + 2 - math.log(3)
     assert near(loss, 0.1 * k3)
 
-
 def test_kl_penalty_is_the_divergence_on_average(variant):
     # Over tokens that π samples, the mean of r − log r − 1 is Σ π log(π / π_ref).
     policy, reference = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
     mean = (policy * variant("kl_penalty").kl_penalty(policy.log(), reference.log())).sum()
     assert near(mean, 0.5 * math.log(2.5) + 0.3 * math.log(1.5) + 0.2 * math.log(1 / 3))
-
 
 @pytest.mark.parametrize("advantage, ratio, loss, gradient", [
     (1.0, 1.25, -1.25, -1.25),      # above 1 + 0.2, below 1 + 0.28: it may go on
@@ -301,7 +276,6 @@ def test_clip_higher_bounds(advantage, ratio, loss, gradient, variant, monkeypat
     found = grpo_update(variant("clip_higher"), monkeypatch, [log(ratio)], [advantage], flags, old=[[0.0]])
     assert near(found[1], [[-ratio * advantage]])
 
-
 @pytest.mark.parametrize("tokens_per_microbatch", [1000, 2])
 def test_token_level_loss_is_the_mean_over_all_tokens(tokens_per_microbatch, variant, monkeypatch):
     align, flags = variant("token_level_loss"), f"--tokens_per_microbatch {tokens_per_microbatch}"
@@ -310,7 +284,6 @@ def test_token_level_loss_is_the_mean_over_all_tokens(tokens_per_microbatch, var
     # A response of advantage 0 has no gradient, but its four tokens count.
     _, grad = grpo_update(align, monkeypatch, [[-2.0], [-1.0, -3.0, -5.0], [-1.0] * 4], [1.0, -1.0, 0.0], flags)
     assert near(grad[:2], [[-1 / 8, 0, 0, 0], [1 / 8, 1 / 8, 1 / 8, 0]])
-
 
 def mixed_groups(align, monkeypatch, is_mixed):
     """The problems, responses and draws of a step of 3 groups of 2, out of 60 problems."""
@@ -329,7 +302,6 @@ def mixed_groups(align, monkeypatch, is_mixed):
     rollouts, repeated = align.sample_mixed_groups(run, problems, 3, 1)
     return [problem["number"] for problem in repeated], [rollout.text for rollout in rollouts], draws
 
-
 def test_dynamic_sampling_drops_equal_groups_and_fills_up(variant, monkeypatch):
     align = variant("dynamic_sampling")
     numbers, texts, draws = found = mixed_groups(align, monkeypatch, lambda problem: problem["number"] % 3 == 0)
@@ -338,13 +310,11 @@ def test_dynamic_sampling_drops_equal_groups_and_fills_up(variant, monkeypatch):
     assert 1 < len(draws) == len(set(draws)) <= 10                      # each draw has its own random numbers
     assert mixed_groups(align, monkeypatch, lambda problem: problem["number"] % 3 == 0) == found
 
-
 def test_dynamic_sampling_draws_once_where_it_can_and_gives_up_after_ten(variant, monkeypatch):
     align = variant("dynamic_sampling")
     assert len(mixed_groups(align, monkeypatch, lambda problem: True)[2]) == 1
     numbers, texts, draws = mixed_groups(align, monkeypatch, lambda problem: False)
     assert len(draws) == 10 and texts == ["1"] * 6 and len(set(numbers)) == 3
-
 
 def test_overlong_punishment_falls_from_0_to_minus_1(variant, monkeypatch):
     align = variant("overlong_punishment")
@@ -355,13 +325,11 @@ def test_overlong_punishment_falls_from_0_to_minus_1(variant, monkeypatch):
     found = advantages_of(align, monkeypatch, [1, 1, 0, 0], 2, by_std=False, punishments=punishments)
     assert near(found, [0.5, -0.5, 0.0, 0.0])
 
-
 def test_gspo_ratio_is_the_geometric_mean(variant):
     align = variant("gspo")
     policy, mask = torch.tensor([log(2, 8, 100), log(3, 100, 100)]), torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
     found = align.sequence_log_ratio(policy, torch.zeros(2, 3), mask).exp()
     assert near(found, [[math.sqrt(2 * 8)], [3.0]])
-
 
 def test_gspo_clips_whole_responses(variant, monkeypatch):
     align, flags = variant("gspo"), "--loss_type grpo_clip --epochs_per_rollout_batch 2"
@@ -373,13 +341,11 @@ def test_gspo_clips_whole_responses(variant, monkeypatch):
     loss, grad = grpo_update(align, monkeypatch, responses, [1.0, -2.0], f"{flags} --cliprange 0.1", old=old)
     assert near(loss, (-1.1 + 1.8) / 2) and near(grad[0], [0.0, 0.0])
 
-
 def test_gspo_of_a_response_that_does_not_count_is_no_nan(variant):
     policy, mask = torch.zeros(2, 2, requires_grad=True), torch.tensor([[True, True], [False, False]])
     variant("gspo").grpo_microbatch_train_step(
         policy, mask, 1, "grpo_clip", advantages=torch.ones(2, 1), old_log_probs=torch.zeros(2, 2), cliprange=0.2)
     assert near(policy.grad, [[-0.25, -0.25], [0.0, 0.0]])
-
 
 def test_cispo_has_reinforces_gradient_with_a_bounded_weight(variant, monkeypatch):
     # In the first two PPO's gradient is 0. −sg(min(ρ, 1.2)) · A for each token
@@ -392,12 +358,10 @@ def test_cispo_has_reinforces_gradient_with_a_bounded_weight(variant, monkeypatc
     _, metadata = variant("cispo").compute_grpo_clip_loss(column, torch.tensor(ratios)[:, None].log(), 0.0, 0.2)
     assert metadata["clipped"].flatten().tolist() == [True, False, False, True]
 
-
 def test_rloo_compares_with_the_other_responses(variant, monkeypatch):
     found = advantages_of(variant("rloo"), monkeypatch, [1, 0, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1], 4, by_std=False)
     assert near(found, [1.0, -1 / 3, -1 / 3, -1 / 3, 1 / 3, 1 / 3, 1 / 3, -1.0, 0.0, 0.0, 0.0, 0.0])
     assert near(found[:4], [4 / 3 * (reward - 1 / 4) for reward in (1, 0, 0, 0)])
-
 
 def test_reinforce_plus_plus_normalises_over_the_batch(variant, monkeypatch):
     align = variant("reinforce_plus_plus")
@@ -407,11 +371,9 @@ def test_reinforce_plus_plus_normalises_over_the_batch(variant, monkeypatch):
     assert near(found.mean(), 0.0) and near(found.std(), 1.0)
     assert advantages_of(align, monkeypatch, [0.1] * 8, 2).tolist() == [0.0] * 8     # float32: the mean is not 0.1
 
-
 def test_maxrl_divides_by_the_mean(variant, monkeypatch):
     found = advantages_of(variant("maxrl"), monkeypatch, [1, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1], 4)
     assert near(found, [3.0, -1, -1, -1, 1, 1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0])
-
 
 def test_entropy_bonus_is_the_entropys_gradient_on_average(variant):
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -433,17 +395,14 @@ def test_entropy_bonus_is_the_entropys_gradient_on_average(variant):
     for parameter, grad in zip(model.parameters(), expected):
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-4, atol=1e-6)
 
-
 def test_entropy_bonus_pushes_up_what_surprises_also_at_advantage_0(variant, monkeypatch):
     _, grad = grpo_update(variant("entropy_bonus"), monkeypatch, [[-3.0, -1.0]], [0.0], "--entropy_coef 0.1",
                           entropy=[[1.0, 1.5]])
     assert near(grad, [[-0.1 * (3 - 1) / 2, 0.1 * (1.5 - 1) / 2]])    # −β · (−log π − H) / |y|
 
-
 # ---------------------------------------------------------------------------------------------------------------
 # Variants: Countdown, LoRA
 # ---------------------------------------------------------------------------------------------------------------
-
 
 @pytest.fixture(scope="session")
 def countdown_reward(variant):
@@ -452,13 +411,11 @@ def countdown_reward(variant):
     assert stop == "</answer>"
     return reward_fn
 
-
 def run_variant(name, flags, steps, folder):
     """A run of a patched copy of align.py in folder/out, which is returned."""
     done = run_script(measure.patched_copy(LAB / f"variants/{name}.patch", folder), flags, steps)
     assert done.returncode == 0, done.stderr
     return folder / "out"
-
 
 @pytest.mark.parametrize("expression, truth, reward", [
     ("3+5+7", "3 5 7 = 15", 1),
@@ -480,7 +437,6 @@ def test_countdown_wants_the_target_from_each_number_once(countdown_reward, expr
     grades = countdown_reward(f" 1+1=3 </think> <answer> {expression} </answer>", truth)
     assert grades == {"reward": reward, "format_reward": 1, "answer_reward": reward}
 
-
 @pytest.mark.parametrize("expression", [
     "9**9**9**9", "9" * 5000, "9" * 100, "*".join("9" * 5000), "(" * 2000 + "3" + ")" * 2000, "(" * 49 + "3" + ")" * 49,
     "-" * 90 + "3", "3/(5-5)", "3//5", "3%5", "3<<5", "3 5 7", "3(5)(7)", "(3, 5, 7)", "3.0+5+7", "1e99", "0x3", "007",
@@ -490,13 +446,11 @@ def test_countdown_gives_hostile_answers_nothing_and_raises_nothing(countdown_re
     for truth in ("3 5 7 = 15", "3 5 5 = 1", "3 = 3.5", ""):
         assert countdown_reward(f" </think> <answer> {expression} </answer>", truth)["reward"] == 0
 
-
 def test_countdown_wants_the_answer_format(countdown_reward):
     assert countdown_reward(" So it is 3+5+7.", "3 5 7 = 15") == {
         "reward": 0, "format_reward": 0, "answer_reward": 0}
     # load_traces asks for the format alone, with no truth
     assert countdown_reward(" </think> <answer> 3+5+7 </answer>", "")["format_reward"] == 1
-
 
 def test_every_problem_of_countdown_has_an_answer_and_its_documents_know_it(countdown_reward):
     sys.path.insert(0, str(LAB / "variants"))
@@ -514,7 +468,6 @@ def test_every_problem_of_countdown_has_an_answer_and_its_documents_know_it(coun
             assert right == (value == int(target))
         assert int(target) in [value for _, value in values.values()]
 
-
 def test_countdown_runs(tmp_path):
     problem = '{"problem": "15 from 3, 5, 7", "answer": "3 5 7 = 15"}\n'
     (tmp_path / "problems.jsonl").write_text(problem * 8)
@@ -522,9 +475,7 @@ def test_countdown_runs(tmp_path):
     out = run_variant("countdown", f"--prompt countdown {data}", 1, tmp_path)
     assert len(measure.values_of(out, "train/reward")) == 1
 
-
 LORA_RUN = "--save_frequency 1 --weight_decay 0.1"       # the decay would show in weights that should not be trained
-
 
 @pytest.fixture(scope="module")
 def lora_run(tmp_path_factory):
@@ -532,12 +483,10 @@ def lora_run(tmp_path_factory):
     pytest.importorskip("peft")
     return run_variant("lora", LORA_RUN, 3, tmp_path_factory.mktemp("lora"))
 
-
 def test_lora_samples_from_the_merged_weights(lora_run):
     gaps = measure.values_of(lora_run, "train/sampler_gap_max")
     assert len(gaps) == 3 and max(gaps) < 1e-4
     assert min(measure.values_of(lora_run, "train/grad_norm")) > 0
-
 
 def test_lora_changes_each_matrix_by_rank_8_and_nothing_else(lora_run):
     from transformers import AutoModelForCausalLM
@@ -552,7 +501,6 @@ def test_lora_changes_each_matrix_by_rank_8_and_nothing_else(lora_run):
             else:
                 assert torch.equal(weight, base[name]), name
 
-
 def test_lora_resumes_exactly(lora_run):
     whole = measure.content(lora_run)
     shutil.rmtree(lora_run / "final_model")
@@ -560,11 +508,9 @@ def test_lora_resumes_exactly(lora_run):
     run_variant("lora", f"{LORA_RUN} --resume", 3, lora_run.parent)
     assert measure.content(lora_run) == whole
 
-
 # ---------------------------------------------------------------------------------------------------------------
 # The check for a GPU, on a CPU
 # ---------------------------------------------------------------------------------------------------------------
-
 
 def checked(script, *groups, code):
     """{title: (result, verdict)} of gpu_check.py as a process."""
@@ -573,13 +519,11 @@ def checked(script, *groups, code):
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][1:]
     return {row[0]: (row[1], row[-1]) for row in rows}
 
-
 def test_all_that_gpu_check_checks_is_right_or_left_out():
     rows = checked(LAB / "gpu_check.py", code=0)
     assert list(rows) == [title for group in gpu_check.GROUPS.values() for title, *_ in group]
     right = [title for title, (_, verdict) in rows.items() if verdict == "ok"]
     assert len(right) >= 8 and all(rows[title][1].startswith("left out: ") for title in set(rows) - set(right))
-
 
 @pytest.mark.parametrize("file, right, wrong, failed, untouched", [
     ("align.py", "is_causal=True, scale", "is_causal=False, scale", "attention", "log-probs"),
@@ -605,11 +549,9 @@ def test_gpu_check_sees_what_is_wrong_and_goes_on(file, right, wrong, failed, un
     assert verdicts >= {"ok", "FAILED"}
     assert ("no room" in wrong) == ("MemoryError: no room" in rows["log-probs through the head, bfloat16"][0])
 
-
 # ---------------------------------------------------------------------------------------------------------------
 # What only a GPU does, as far as a CPU can show it
 # ---------------------------------------------------------------------------------------------------------------
-
 
 def flash_attention_by_hand(half_only):
     """flash_attn.flash_attn_func in plain torch, by its documentation: (B, T, heads, D), the key heads' number divides
@@ -631,7 +573,6 @@ def flash_attention_by_hand(half_only):
 
     flash_attn_func.calls = 0
     return flash_attn_func
-
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("pairs", [PAIRS, [([3], [4, 5, 6])], [([3], [4, 1])] * 9,
@@ -656,7 +597,6 @@ def test_the_update_through_flash_attention_is_the_one_of_eager_attention(dtype,
         else:       # no further off than whole rows in bfloat16
             assert (packed - exact).norm() <= 2 * (rounded - exact).norm()
 
-
 class CountWaits(torch.utils._python_dispatch.TorchDispatchMode):
     """Counts the operations for which a program waits until a GPU has computed their arguments."""
     count = 0
@@ -665,7 +605,6 @@ class CountWaits(torch.utils._python_dispatch.TorchDispatchMode):
         by_mask = function.name() == "aten::index.Tensor" and any(i.dtype == torch.bool for i in args[1] if i is not None)
         self.count += by_mask or function.name() in ("aten::_local_scalar_dense", "aten::nonzero")
         return function(*args, **(kwargs or {}))
-
 
 def test_an_update_waits_for_the_device_at_most_once_per_microbatch():
     waits = {}
@@ -676,7 +615,6 @@ def test_an_update_waits_for_the_device_at_most_once_per_microbatch():
         with CountWaits() as waits[n]:
             align.grpo_update(run, batch, [3, 0, 5, 1, 4, 2], step=1)
     assert 0 < waits[6].count <= waits[1].count + 5
-
 
 @pytest.mark.parametrize("vllm", [
     "raise ImportError('undefined symbol')", "def LLM(*_, **__): raise AssertionError('memory profiling')"])

@@ -27,7 +27,6 @@ N_TEST, LARGEST = 256, 12           # problems for evaluation; the largest numbe
 P_FORMAT, P_SEARCH = 0.5, 0.5       # the answer format, not plain words; tries until one fits, not the first idea alone
 P_SLIP, MOST_TRIES = 0.02, 5        # the value of a try is wrong; tries at most
 
-
 @functools.cache
 def expressions(numbers):
     """{text: (steps, value)} of three numbers in any order with + and - between them: "3+5-7": ("3+5=8-7", 1). No
@@ -41,7 +40,6 @@ def expressions(numbers):
                 values[ab + last] = f"{ab}={total}{last}", total + second * c
     return values
 
-
 def make_problems():
     """All of them in a random order: {"problem": "8 from 3, 5, 7", "answer": "3 5 7 = 8"}."""
     problems = []
@@ -51,7 +49,6 @@ def make_problems():
             problems.append({"problem": problem, "answer": f"{' '.join(map(str, numbers))} = {target}"})
     random.Random(0).shuffle(problems)
     return problems
-
 
 def make_document(rng, problems):
     """(prompt, continuation) as some author would have written it, on one of these problems."""
@@ -73,7 +70,6 @@ def make_document(rng, problems):
         continuation = prepare_data.RESPONSE.format(reasoning, text)
     return PROMPTS["countdown"].format(question=problem["problem"]), continuation
 
-
 def main():
     if "countdown" not in PROMPTS:
         raise UserError("apply lab/variants/countdown.patch first: the prompt is in it")
@@ -90,7 +86,6 @@ def main():
     tokenizer.save_pretrained(partial)
     shutil.rmtree(base_model, ignore_errors=True)
     os.replace(partial, base_model)
-
 
 if __name__ == "__main__":
     with exit_cleanly("countdown.py"):
