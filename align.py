@@ -1,16 +1,19 @@
-"""Align a language model to reason: zero-shot baseline, SFT, expert iteration, GRPO with verified rewards.
+"""Align a language model to reason: zero-shot baseline, SFT, expert iteration, GRPO.
 
     python align.py --algo eval         # how good is the base model?
     python align.py --algo grpo         # make it better; sft and ei do it in other ways
     python align.py --algo grpo --model sft_output/final_model
 
-The same code trains a tiny model on arithmetic, on a CPU in minutes (--preset tiny), and is written for
-Qwen2.5-Math-1.5B on MATH, on an 80 GB GPU (--preset math). Sections 5 to 7 have the names and
-signatures of the handout of Stanford CS336's assignment 5.
+The same code trains a tiny model on arithmetic, on a CPU in minutes (--preset tiny).
+It is written for Qwen2.5-Math-1.5B on MATH, on an 80 GB GPU (--preset math). Sections 5
+to 7 have the names and arguments of the handout of Stanford CS336's assignment 5; some
+functions take more.
 
-Symbols:  B sequences in a batch    T tokens (labels: shifted by one)    V vocabulary
+Symbols:  B sequences in a batch    T tokens of the longest, less 1    V vocabulary
           G rollouts per prompt     N rollouts per step = prompts × G
-          π the policy (the model)  r reward in {0, 1}    A advantage    ρ = π(token) / π_old(token)
+          M packed tokens           D size of a hidden state, in attention of a head
+          π the policy (the model)  ρ = π(token) / π_old(token)
+          r reward in {0, 1}        A advantage
 
 Sources:  [R1] arXiv:2501.12948     [GRPO] arXiv:2402.03300    [DrGRPO] arXiv:2503.20783
           [EI] arXiv:1705.05439     [PPO] arXiv:1707.06347     [pass@k] arXiv:2107.03374
@@ -18,11 +21,11 @@ Sources:  [R1] arXiv:2501.12948     [GRPO] arXiv:2402.03300    [DrGRPO] arXiv:25
                                           brings you off-policy RL training"
 
 Where this departs from the papers, on purpose:
-  1. No KL penalty, no reference model: there is no reward model to over-optimise (as in [DrGRPO]).
-  2. The gradient uses the ids that were sampled: text tokenised again can give other tokens.
+  1. No KL penalty, no reference model: no reward model is over-optimised ([DrGRPO]).
+  2. The gradient uses the ids that were sampled: text tokenised again can differ.
   3. With one update per rollout batch π_old is π, ρ = 1: no second forward pass.
-  4. Log-probs are those of the sampling distribution: training divides by the temperature, too.
-  5. The SFT loss is divided by the batch's mean response length: it reads as nats per token.
+  4. Log-probs are of the sampling distribution: training divides by the temperature.
+  5. The SFT loss is divided by the batch's mean response length: nats per token.
 """
 
 import argparse
@@ -285,8 +288,7 @@ def parse_args(argv):
 # ---- 2. Prompts ----------------------------------------------------------------------
 
 # r1_zero and question_only are the handout's. tiny is r1_zero without the preamble: a
-# base model of 0.7M parameters cannot read instructions, and every token of a prompt is
-# paid for in every rollout.
+# base model of 0.7M parameters cannot read instructions, and a long prompt costs time.
 PROMPTS = {"question_only": "{question}", "tiny": "User: {question}\nAssistant: <think>"}
 PROMPTS["r1_zero"] = (
     "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The Assistant "
@@ -310,13 +312,13 @@ REWRITES = [  # what math-verify misreads -> what it reads; the order matters
     (r"^(\\[(\[]|\$|\s)+|(\\[)\]]|\$|\s)+$", ""), (r"^\\f?boxed\{(.*)\}$", r"\1"),
     # $5, 5\%, 5^\circ -> 5;  1,\!000 -> 1,000
     (r"\\?[$%°]|\^\s*(\\circ|\{\s*\\circ\s*\})", ""), (r"\{,\}|,\s*\\!", ","),
-    # 1,234,567 -> 1234567, but not in brackets, where it is a list
+    # 1,234,567 -> 1234567, but not where a bracket begins: (1,234) is a pair
     (r"(?<![\d,.(\[])(?<![(\[,]-)(?<!\\\{)(\d{1,3}),(\d{3})(?:,(\d{3}))?(?![\d,])", r"\1\2\3"),
-    # layout -> a space;  x \in [0,1] -> [0,1]
+    # spaces, \left, ~ and \approx -> a space;  x \in [0,1] -> [0,1]
     (r"(?<!\\)\\[,;:! ]|~|\\(left|right|quad|approx)(?![a-z])|^\s*[a-z]\s*\\in(?![a-z])", " "),
-    # pi, infinity and i, written as words or letters
+    # pi, infinity, i, >= and <=, as they are typed
     (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "), (r"infinity", r"\\infty "),
-    (r"(?<![\\a-zA-Z])i(?![a-zA-Z])", " I "),
+    (r"(?<![\\a-zA-Z])i(?![a-zA-Z])", " I "), (r">=", r"\\ge "), (r"<=", r"\\le "),
     # √2 and sqrt(2) -> \sqrt{2}
     (r"(?:√|(?<!\\)sqrt)\s*(?:\(([^()]*)\)|(\w+))", r"\\sqrt{\1\2}"),
     # \frac12 -> \frac{1}{2};  1 1/2 -> 1\frac{1}{2}
@@ -327,20 +329,20 @@ REWRITES = [  # what math-verify misreads -> what it reads; the order matters
     # \text{even} -> even;  5 cm^2 -> 5
     (r"\\(text\w*|mbox|math(rm|bf|it)|operatorname)\s*\{([^{}]*)\}", r" \3 "),
     (rf"^(\s*[-+]?[\d.,/]+|.*\}}|.*\\pi)\s+{UNIT}\s*$", r"\1"),
-    # 1 and 2, 1; 2 -> 1, 2;  5. -> 5
+    # 1 and 2 -> 1, 2;  1; 2 -> 1, 2;  5. -> 5
     (r"\s*,?\s+(and|or)\s+|\s*;\s*|\s*,\s+", ", "), (r"[\s.]*$", ""),
     # 0.5 -> \frac{05}{10}, exactly
     (r"(?<![.\d])(\d*)\.(\d+)(?![.\d])", lambda m: rf"\frac{{{m[1] + m[2]}}}{{1{'0' * len(m[2])}}}"),
-    # \frac{1}{2} alone -> 1/2;  the sets \{1, 2\} and a \pm b are lists
+    # \frac{1}{2} alone -> 1/2;  \{1, 2\} -> 1, 2;  a \pm b -> a+b, a-b
     (r"^\s*(-?)\\[dt]?frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3"),
     (r"^\s*\\?\{((?:(?!\\\}).)*)\\?\}$", r"\1"),
     (r"([^,]*)\\(?:pm|mp)(?![a-z])([^,]*)", r"\1+\2, \1-\2")]
-UNSAFE_FOR_SYMPY = re.compile("|".join([  # or not for it
-    # 506_7, 3:5, two numbers and words, none of which is a product
+UNSAFE_FOR_SYMPY = re.compile("|".join([  # sympy would hang, or math-verify misread it
+    # 506_7, 3:5, two numbers, words of four letters, other alphabets
     r"\d ?[_:] ?\d|(?<![_\d])\d+\s+\d|\.\d|(?<![\\a-zA-Z])(?!arc|sqrt|[pb]matrix)[a-zA-Z]{4}|[^\x00-\x7f]",
-    # code, sums and integrals, towers of powers, factorials
+    # code, sums, integrals, limits, huge powers, large or nested factorials
     r"__|['\"]|<<|\*\*|\\(i*int|sum|prod|lim)(?![a-z])|\^[{( ]*-?(\d+ ?[\^!]|\d{5})|\d{3} ?!|! ?\)+ ?!",
-    # a list in which anything but a name has a value
+    # a list with an equation whose left side is not just letters
     r",.*[^a-zA-Z =,][^,=]*=|[^a-zA-Z =,][^,=]*=.*,"]))
 LATEX = math_verify.LatexExtractionConfig(normalization_config=NormalizationConfig(malformed_operators=True))
 PARSE_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, SyntaxError, TypeError,
@@ -368,18 +370,18 @@ def word_key(text):
     return re.sub(r"^(an?|the) (?=[a-z]{3})|\s(?!\d)|(?<!\d)\s", "", text.casefold())
 
 def bracket_shape(text):
-    """The commas and the brackets around them: math-verify takes (1,2) for 1,2."""
+    """The number of commas, and their brackets: math-verify takes (1,2) for 1,2."""
     text = re.sub(r"\([^(),]*\)", "", text)
     return text.count(","), sorted(re.findall(r"([(\[])[^()\[\]]*,[^()\[\]]*([)\]])", text))
 
 def parse_latex(text):
-    """The sympy object of a normalised answer, or None."""
+    """The sympy object of a normalised answer, None where its braces do not match."""
     boxed = r"\boxed{%s}" % text.replace(", ", r",\ ")  # 100, 200 would be 100200
     if boxed == r"\boxed{%s}" % last_boxed(boxed):
         return math_verify.parse(boxed, [LATEX], fallback_mode="no_fallback", parsing_timeout=None)[0]
 
 def grade(answer, truth):
-    """True where `answer` means the same as `truth` (strings, LaTeX or plain)."""
+    """True where `answer`, the model's, means the same as `truth` (LaTeX or plain)."""
     if max(len(answer), len(truth)) > 400:  # no answer is so long
         return answer.strip() == truth.strip() != ""
     answer, truth = normalize_answer(answer), normalize_answer(truth)
@@ -426,12 +428,12 @@ def extract_answer(response):
     return match[1].strip() if match else None
 
 def reward_dict(answer, truth):
-    """The rewards of an extracted answer or None: [R1] 2.2.2 without format bonus."""
+    """The rewards of an answer; None: there is none. [R1] 2.2.2, no format bonus."""
     right = float(answer is not None and grade(answer, truth))
     return {"reward": right, "format_reward": float(answer is not None), "answer_reward": right}
 
 def r1_zero_reward_fn(response, ground_truth):
-    """Stricter than CS336's grader: one bare answer; brackets and order count."""
+    """Stricter than CS336's grader: each tag once; (1, 2) is not [1, 2] or (2, 1)."""
     return reward_dict(extract_answer(response), ground_truth)
 
 def question_only_reward_fn(response, ground_truth):
@@ -445,7 +447,7 @@ def reward_fn_and_stop(prompt_name):
     return r1_zero_reward_fn, "</answer>"
 
 def start_worker():
-    """Bounds a new worker's memory and leaves signals and its end to its parent."""
+    """Bounds a new worker's memory. It ignores signals and dies with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches every process,
     signal.signal(signal.SIGTERM, signal.SIG_IGN)       # and so does a scheduler's SIGTERM
     if sys.platform == "linux":
@@ -457,7 +459,7 @@ def start_worker():
 
 @functools.cache
 def grading_pool():
-    """Worker processes, to be killed when sympy hangs or takes all memory."""
+    """Worker processes: one in which sympy hangs is killed."""
     pebble.CONSTS.term_timeout = 0.1  # seconds from SIGTERM, which workers ignore, to SIGKILL
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     workers = max(1, min(os.cpu_count() // WORLD_SIZE, 16))
@@ -485,8 +487,8 @@ def grade_responses(reward_fn, responses, truths):
 # ---- 4. Data: JSON lines in, dicts out -----------------------------------------------
 
 def read_jsonl(path, required):
-    """The dicts of a JSON-lines file; `required`: tuples of keys, one of which has to
-    be there as a whole, with texts."""
+    """The dicts of a JSON-lines file, with their "line". Each needs text under all keys
+    of one tuple in `required`; an "answer" may be empty."""
     records, wanted = [], " or ".join(" and ".join(map(repr, keys)) for keys in required)
     for i, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
         if not line.strip():
@@ -504,7 +506,8 @@ def read_jsonl(path, required):
     return records
 
 def load_problems(run, path, at_least=1):
-    """Problems with "prompt_ids"; those without an answer are left out."""
+    """Problems with "prompt_ids"; those without an answer are left out. run: see Run,
+    section 10."""
     problems, unusable, tokens = [], [], run.args.sampling_max_tokens
     most = getattr(run.model.config, "max_position_embeddings", None) or math.inf
     records = read_jsonl(path, [("problem", "answer")])
@@ -520,7 +523,7 @@ def load_problems(run, path, at_least=1):
     return problems
 
 def load_traces(path, prompt_name, reward_fn):
-    """SFT traces {"prompt", "response"}; a "problem" gets RL's prompt."""
+    """Traces {"prompt", "response"}; a "problem" gets the prompt that RL uses."""
     traces = read_jsonl(path, [("problem", "response"), ("prompt", "response")])
     for trace in traces:
         check(reward_fn(trace["response"], "")["format_reward"],
@@ -550,7 +553,7 @@ def batch_token_ids(prompt_ids, response_ids, pad_id):
     return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "response_mask": mask[:, 1:]}
 
 def tokenize_prompt_and_output(prompt_strs, output_strs, tokenizer):
-    """batch_token_ids of texts, tokenised apart: their border is one of tokens."""
+    """batch_token_ids of texts, tokenised apart: no token spans their border."""
     prompt_ids = tokenizer(prompt_strs)["input_ids"]
     output_ids = tokenizer(output_strs, add_special_tokens=False)["input_ids"]
     pad_id = tokenizer.pad_token_id
@@ -579,38 +582,38 @@ def pack(pairs, device):
 
         prompt [5, 6] with responses [7, 8] and [9, 4, 2]
         packed: the tokens that go through the model          5  6  7  9  4
-        rows: the packed place of each token of a row         [0, 1, 2, -], [0, 1, 3, 4]
-        places: where in rows, flat, each packed token is     0  1  2  6  7
+        rows: each row's tokens, as indices into packed       [0, 1, 2, -], [0, 1, 3, 4]
+        places: each packed token's index in rows, flattened  0  1  2  6  7
 
     Attention alone sees rows; all else works token by token. A response's last token
-    predicts nothing: left out. Returns the model's arguments and the packed places that
-    predict a response token."""
-    ids, stands, rows, predictors, prompts = [], [], [], [], {}
+    predicts nothing: left out. Returns the model's arguments and the packed indices
+    that predict a response token."""
+    ids, row_and_position, rows, predictors, prompts = [], [], [], [], {}
     for i, (prompt, response) in enumerate(pairs):
-        known = prompts.get(tuple(prompt), [])  # places of a prompt that is packed
+        known = prompts.get(tuple(prompt), [])  # packed indices of this prompt, if any
         start = len(ids)
         ids += (prompt + response[:-1])[len(known):]
         row = known + list(range(start, len(ids)))
         prompts[tuple(prompt)] = row[:len(prompt)]
-        # A token is predicted where the one before it stands.
+        # The token before it predicts a response token.
         predictors += row[len(prompt) - 1:][:len(response)]
-        stands += [(i, t) for t in range(len(known), len(row))]
+        row_and_position += [(i, t) for t in range(len(known), len(row))]
         rows.append(torch.tensor(row))
-    rows = pad_sequence(rows, batch_first=True)     # (B, longest)
-    row_of, positions = torch.tensor(stands).T      # (M,)
+    rows = pad_sequence(rows, batch_first=True)             # (B, longest)
+    row_of, positions = torch.tensor(row_and_position).T    # (M,)
     packed = {"input_ids": torch.tensor([ids]), "position_ids": positions[None], "rows": rows,
               "places": row_of * rows.shape[1] + positions}
     packed = {name: tensor.to(device) for name, tensor in packed.items()}
     return packed, torch.tensor(predictors, device=device)
 
 def use_flash_attn(query):
-    """FlashAttention's kernels are for GPUs and half precision."""
+    """Whether FlashAttention computes this: its kernels are for GPUs and bfloat16."""
     return flash_attn_func and query.is_cuda and query.dtype == torch.bfloat16
 
 def packed_attention(module, query, key, value, *_, scaling=None, rows=None, places=None, cache=None, **more):
-    """What transformers calls in each layer: (1, heads, M, D) -> (1, M, heads, D).
-    Without rows these are whole sequences, (B, heads, T, D), or a PrefixCache's newest
-    tokens."""
+    """Attention as transformers calls it in each layer: of packed tokens with rows,
+    (1, heads, M, D) -> (1, M, heads, D); without rows of whole sequences, (B, heads, T,
+    D), or, given a PrefixCache, of each response's newest token."""
     other = [name for name in ("softcap", "s_aux") if more.get(name) is not None]
     check(not other, f"--model has attention with {other}, which section 6 does not compute")
     # Autocast leaves queries and keys, which have been rotated, in float32.
@@ -643,35 +646,35 @@ torch.backends.cuda.enable_cudnn_sdp(False)     # it plans anew for each new sha
 MAX_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 27}  # that ChunkedLogProbs holds at a time
 
 def head_logits(hidden, head):
-    """hidden · headᵀ, (n, V), float32: bfloat16 rounds one of 30 by up to 0.06."""
+    """hidden · headᵀ, (n, V), float32: bfloat16 would round a 30 by up to 0.06."""
     if hidden.is_cuda and hidden.dtype == torch.bfloat16:
         return torch.mm(hidden, head.T, out_dtype=torch.float32)
     return (hidden @ head.T).float()
 
 class ChunkedLogProbs(torch.autograd.Function):
     """log softmax(hidden · headᵀ)[label] and its entropy, without ever holding all
-    logits, by far the largest tensor of a run. The backward pass computes them again: ∂
-    log p(label) / ∂ logit = 1[label] − p."""
+    logits, by far the largest tensor of a run. The backward pass computes them again:
+    ∂ log p(label) / ∂ logit = 1[label] − p."""
 
     @staticmethod
     def chunks(hidden, head):
         """Yields slices and their logits, (chunk, V)."""
         size = max(1, MAX_LOGITS[hidden.device.type] // len(head))
         for start in range(0, len(hidden), size):
-            rows = slice(start, start + size)
-            yield rows, head_logits(hidden[rows], head)
+            chunk = slice(start, start + size)
+            yield chunk, head_logits(hidden[chunk], head)
 
     @staticmethod
     def forward(ctx, hidden, head, labels):
-        """(M, D), (V, D), (M,) -> log-probs (M,), and entropies without gradient."""
+        """(n, D), (V, D), (n,) -> log-probs (n,), and entropies without gradient."""
         normalizers, label_logits, entropies = torch.empty(3, len(hidden), device=hidden.device)
-        for rows, logits in ChunkedLogProbs.chunks(hidden, head.to(hidden.dtype)):
-            label_logits[rows] = logits.gather(1, labels[rows, None]).squeeze(1)
+        for chunk, logits in ChunkedLogProbs.chunks(hidden, head.to(hidden.dtype)):
+            label_logits[chunk] = logits.gather(1, labels[chunk, None]).squeeze(1)
             largest = logits.amax(dim=1)
             exp = logits.sub_(largest[:, None]).exp()
             total = exp.sum(dim=1)  # p = exp / total
-            normalizers[rows] = largest + total.log()
-            entropies[rows] = total.log() - exp.mul_(logits).sum(dim=1) / total
+            normalizers[chunk] = largest + total.log()
+            entropies[chunk] = total.log() - exp.mul_(logits).sum(dim=1) / total
         ctx.save_for_backward(hidden, head, labels, normalizers)
         ctx.mark_non_differentiable(entropies)
         return label_logits - normalizers, entropies
@@ -681,16 +684,16 @@ class ChunkedLogProbs(torch.autograd.Function):
         hidden, head, labels, normalizers = ctx.saved_tensors
         cast_head = head.to(hidden.dtype)
         grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head)
-        for rows, logits in ChunkedLogProbs.chunks(hidden, cast_head):
-            p = logits.sub_(normalizers[rows, None]).exp_()
-            grad_logits = p.mul_(-grad[rows, None])  # −p, and 1 − p at the label
-            grad_logits.scatter_add_(1, labels[rows, None], grad[rows, None])
+        for chunk, logits in ChunkedLogProbs.chunks(hidden, cast_head):
+            p = logits.sub_(normalizers[chunk, None]).exp_()
+            grad_logits = p.mul_(-grad[chunk, None])  # −p, and 1 − p at the label
+            grad_logits.scatter_add_(1, labels[chunk, None], grad[chunk, None])
             grad_logits = grad_logits.to(hidden.dtype)
-            torch.mm(grad_logits, cast_head, out=grad_hidden[rows])
+            torch.mm(grad_logits, cast_head, out=grad_hidden[chunk])
             if hidden.dtype == head.dtype:
-                grad_head.addmm_(grad_logits.T, hidden[rows])
+                grad_head.addmm_(grad_logits.T, hidden[chunk])
             else:  # sums stay float32
-                grad_head += grad_logits.T @ hidden[rows]
+                grad_head += grad_logits.T @ hidden[chunk]
         return grad_hidden, grad_head, None
 
 def get_packed_log_probs(model, pairs, temperature=1.0, dtype="float32"):
@@ -701,7 +704,7 @@ def get_packed_log_probs(model, pairs, temperature=1.0, dtype="float32"):
     packed, predictors = pack(pairs, device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         hidden = model.base_model(use_cache=False, **packed).last_hidden_state[0]
-    # (n, D) for the n response tokens; logits are linear in it.
+    # (n, D) for the n response tokens. To divide hidden divides the logits.
     hidden = hidden.index_select(0, predictors) / temperature
     labels = torch.tensor([token for _, response in pairs for token in response], device=device)
     values = ChunkedLogProbs.apply(hidden.to(dtype), model.get_output_embeddings().weight, labels)
@@ -1153,8 +1156,8 @@ def sample(run, problems, n, step, purpose, temperature):
 # ---- 9. Evaluation -------------------------------------------------------------------
 
 def lenient_reward_fn(response, ground_truth):
-    """1 where the right answer is in the last tag, box or number, in whatever format. A
-    rise in accuracy that this does not share is one of format alone."""
+    """1 where the right answer is in the last tag, box or number, in whatever format.
+    If accuracy rises and this does not, only the format has improved."""
     end = response[-2000:]
     numbers = re.findall(r"(?<!\d)-?\d(?:[\d,]*\d)?(?:\.\d+)?(?:/\d+)?", end)
     tags = [part.partition("</answer>")[0] for part in end.split("<answer>")[1:]]
@@ -1172,7 +1175,7 @@ def pass_at_k(n, c, k):
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 def log_generations(run, purpose, step, rollouts, problems, rewards, failures):
-    """Logs mean rewards, and in samples.jsonl what was asked, written and paid."""
+    """Logs mean rewards; adds problems, responses and rewards to samples.jsonl."""
     run.log(f"{purpose}/reward", [reward["reward"] for reward in rewards])
     run.log(f"{purpose}/format", [reward["format_reward"] for reward in rewards])
     run.log(f"{purpose}/grading_failures", failures)
@@ -1523,10 +1526,10 @@ def sft_update(run, pairs, step):
     """One update on pairs (prompt ids, response ids). Loss: nats per token."""
     mean_length = statistics.fmean(len(response) for _, response in pairs)
     total_loss = 0.0
-    for rows in microbatches(run.args, pairs, range(len(pairs))):
-        micro = [pairs[i] for i in rows]
-        log_probs, entropy, mask = get_packed_log_probs(run.model, micro, dtype=run.args.dtype)
-        loss_divisor = len(pairs) / len(micro)
+    for micro in microbatches(run.args, pairs, range(len(pairs))):
+        log_probs, entropy, mask = get_packed_log_probs(
+            run.model, [pairs[i] for i in micro], dtype=run.args.dtype)
+        loss_divisor = len(pairs) / len(micro)  # so that all add up to the batch's mean
         loss, _ = sft_microbatch_train_step(log_probs, mask, loss_divisor, mean_length)
         total_loss += loss
         run.log("train/entropy", entropy, mask)
@@ -1597,13 +1600,14 @@ def train_expert_iteration(args):
 
 @torch.no_grad()
 def compute_old_log_probs(run, pairs):
-    """log π of the sampled tokens under the policy as it is now, (N, T)."""
+    """log π of the sampled tokens under the present policy, (N, longest response)."""
     longest = max(len(response) for _, response in pairs)
     old_log_probs = torch.zeros(len(pairs), longest, device=run.args.device)
-    for rows in microbatches(run.args, pairs, range(len(pairs))):
-        micro = [pairs[i] for i in rows]
-        log_probs, _, mask = get_packed_log_probs(run.model, micro, run.args.sampling_temperature, run.args.dtype)
-        old_log_probs[rows, :mask.shape[1]] = log_probs
+    for micro in microbatches(run.args, pairs, range(len(pairs))):
+        log_probs, _, mask = get_packed_log_probs(
+            run.model, [pairs[i] for i in micro], run.args.sampling_temperature, run.args.dtype)
+        old_log_probs[micro, :mask.shape[1]] = log_probs
+    # Each rank has filled in its own rows.
     return sum(all_gather(old_log_probs.cpu())).to(run.args.device)
 
 def grpo_update(run, batch, rows, step):
@@ -1648,6 +1652,7 @@ def train_grpo(args):
         run.lap("sampling")
         # 2. Grade them and compare each with its group.
         texts, truths = [r.text for r in rollouts], [problem["answer"] for problem in repeated]
+        # A group of one, with no_baseline, has no standard deviation.
         by_std = args.use_std_normalization and args.group_size > 1
         advantages, raw_rewards, grades = compute_group_normalized_rewards(
             run.reward_fn, texts, truths, args.group_size, args.advantage_eps, by_std)
@@ -1703,7 +1708,7 @@ def compare(args, argv):
         label = f"{flag}={value}"
         runs[label] = [folder / label.replace("/", "_") / f"seed{seed}" for seed in range(args.seeds)]
         for seed, output_dir in enumerate(runs[label]):
-            # Of a flag given twice the last one counts: this is one run.
+            # The last of a flag given twice counts: this is one run, no comparison.
             command = [*argv, "--compare=", f"--{label}", f"--seed={seed}", f"--output_dir={output_dir}"]
             settings, before = vars(parse_args(command)), read_settings(output_dir)
             different = [key for key in before if key != "resume" and settings.get(key) != before[key]]
@@ -1712,7 +1717,7 @@ def compare(args, argv):
     for command in commands:
         print("---", *command, flush=True)
         child = subprocess.Popen([sys.executable, __file__, *command])
-        # The child ends its step. Ctrl-C reaches it, too, SIGTERM only this process.
+        # The child ends its step. Ctrl-C reaches it by itself, SIGTERM is passed on.
         signal.signal(signal.SIGINT, lambda *_: None)
         signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         if child.wait() != 0:

@@ -190,6 +190,7 @@ FAMILIES = [        # of spellings of one meaning
     (r"3.5 \times 10^{-4}", "0.00035"), (r"12\pi", "12π", r"\pi \cdot 12"), ("72", r"72\%", r"72^\circ"),
     (r"3\sqrt{13}", "3√13", r"\sqrt{117}"), (r"\text{Evelyn}", "evelyn"), (r"\text{(C)}", "C"),
     ("5", "$x = 5$"), ("2x+1", "f(x) = 1+2x"), (r"(5,\infty)", "x > 5"), ("4,-4", r"\pm 4"),
+    (r"x \ge 5", "x>=5", "[5, infinity)"), (r"x \leq -2", "x <= -2", r"(-\infty,-2]"),
     ("[0,3)", r"\left[0,3\right)", r"x \in [0,3)"), (r"\{4,5,7\}", "7, 4 and 5", "x=4, x=7, x=5"),
     (r"(-\infty,1)\cup(3,\infty)", r"(3, \infty) \cup (-\infty, 1)"), ("506_7", "506_{7}"), ("(3,-1)", "(3, -1.0)"),
     (r"\begin{pmatrix} 1 \\ -2/3 \end{pmatrix}", r"-\begin{bmatrix}-1\\\frac23\end{bmatrix}"),
@@ -207,8 +208,8 @@ def test_answers_of_one_meaning_are_equal_and_different_from_all_others(family):
     ("", ""), ("6, 7", "6"), ("either 5 or 6", "6"), (r"\boxed{5}\boxed{6}", "6"), (r"x \le 6", "6"),
     ("6 million", "6"), (r"\frac{6}{1}} {7", "6"), ("77=6", "6"), ("0.333", r"\frac{1}{3}"), ("1, 234", "1234"),
     ("3.14159265358979", r"\pi"), ("17_8", "17"), ("(0,3]", "[0,3)"), ("(1, 2)", "(2, 1)"), ("5 6", "11"),
-    ("x > 5", r"x \ge 5"), ("4", r"\pm 4"), ("x^2-9=0", "x^2-4=0"), ("x=2, y=3", "x=3, y=2"),
-    (r"2^{2009}", r"2^{2010}"), ("1 hour", r"18\text{ hours}"), ("6" * 500, "6")])
+    ("x > 5", r"x \ge 5"), ("x>=5", "x>5"), ("x>=5", "x<=5"), ("4", r"\pm 4"), ("x^2-9=0", "x^2-4=0"),
+    ("x=2, y=3", "x=3, y=2"), (r"2^{2009}", r"2^{2010}"), ("1 hour", r"18\text{ hours}"), ("6" * 500, "6")])
 def test_answers_of_other_meaning_are_wrong(answer, truth):
     assert not align.grade(answer, truth)
 
