@@ -100,7 +100,7 @@ def exit_cleanly(program):
                 raise
             message = "out of memory; lower --tokens_per_microbatch or, sampling, --sampler_batch_size"
         if RANK > 0:
-            # Rank 0 speaks for all: if it fails, too, torchrun ends this rank now.
+            # Rank 0 speaks for all: if it failed, too, torchrun ends this rank here.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(2)
         sys.stdout.flush()
@@ -174,7 +174,7 @@ SETTINGS = {
         ("weight_decay", 0.0, "of AdamW; 0: off"),
         ("max_grad_norm", 1.0, "bound of the gradient's norm; inf: off"),
         ("train_batch_size", (32, 64, 512), (64, 64, 256), "sequences per optimizer update"),
-        ("tokens_per_microbatch", 4096, 3072, "in a forward pass; less: less memory, same update"),
+        ("tokens_per_microbatch", 4096, 3072, "about so many in a pass; less: less memory, same update"),
         ("gradient_accumulation_steps", 0, "microbatches per update instead; 0: off"),
         ("validation_frequency", (8, 1, 5), (100, 1, 20), "in steps; 0: first and last only"),
         ("save_frequency", (500, 4, 50), (500, 1, 50), "steps between checkpoints; 0: none"),
@@ -203,7 +203,7 @@ SETTINGS = {
         ("use_std_normalization", True, "divide advantages by the group's standard deviation"),
         ("advantage_eps", 1e-6, "added to that standard deviation; 0: nothing"),
         ("tis_cap", 0.0, "cap of a token's weight π_old / π_sampler, say 2; 0: off"),
-        ("loss_aggregation", ["masked_mean", "masked_normalize"], "over its length, or as [DrGRPO] does")],
+        ("loss_aggregation", ["masked_mean", "masked_normalize"], "over a response, or sum / sampling_max_tokens")],
 }
 
 def build_parser():
@@ -612,8 +612,8 @@ def use_flash_attn(query):
 
 def packed_attention(module, query, key, value, *_, scaling=None, rows=None, places=None, cache=None, **more):
     """Attention as transformers calls it in each layer: of packed tokens with rows,
-    (1, heads, M, D) -> (1, M, heads, D); without rows of whole sequences, (B, heads, T,
-    D), or, given a PrefixCache, of each response's newest token."""
+    (1, heads, M, D) -> (1, M, heads, D); without rows of whole sequences, (B, heads,
+    T, D), or, given a PrefixCache, of each response's newest token."""
     other = [name for name in ("softcap", "s_aux") if more.get(name) is not None]
     check(not other, f"--model has attention with {other}, which section 6 does not compute")
     # Autocast leaves queries and keys, which have been rotated, in float32.
@@ -868,7 +868,7 @@ def grpo_microbatch_train_step(
 # ---- 8. Sampling ---------------------------------------------------------------------
 
 def seed_for(seed, step, purpose):
-    """A seed for one draw: a checkpoint has no generator's state to hold."""
+    """A seed for one draw. So a checkpoint holds no state of a random generator."""
     digest = hashlib.sha256(f"{seed}/{step}/{purpose}".encode()).digest()
     return int.from_bytes(digest[:7], "big")
 
@@ -912,8 +912,8 @@ class PrefixCache:
         return (output + weights @ values).permute(0, 2, 1, 3, 4).reshape(1, n_prompts * self.n, -1, width)
 
     def drop_finished(self, live):
-        """Drops finished responses once they are many, leaving each prompt as many as
-        the one with most live ones has. live (P·n,). Returns what rows stay."""
+        """Drops finished responses if that frees a quarter of the rows. All prompts keep
+        as many as the one with most live ones. live (P·n,). Returns the rows to keep."""
         live = live.view(-1, self.n)
         prompts = live.any(dim=1).nonzero()[:, 0]  # (P',)
         most = int(live.sum(dim=1).max())
@@ -978,7 +978,7 @@ class TorchSampler:
         rows = torch.arange(len(draws), device=device)  # the response in each row
         lengths = torch.zeros_like(rows)                # of responses; 0: not ended
         prompt_lengths = torch.tensor([len(prompt) for prompt in prompt_ids], device=device)
-        # 1. Each prompt goes through the model once, and pack leaves the 0 out.
+        # 1. Each prompt goes through the model once; pack drops the response [0].
         cache = PrefixCache(n, prompt_lengths)
         packed, last = pack([(prompt, [0]) for prompt in prompt_ids], device)
         hidden = self.model.base_model(use_cache=False, cache=cache, **packed).last_hidden_state[0]
@@ -1019,7 +1019,7 @@ class TorchSampler:
         return rollouts
 
 class VLLMSampler:
-    """Samples with vLLM 0.32.0 in this process. All that depends on it is here."""
+    """Samples with vLLM 0.32.0 in this process."""
 
     def __init__(self, args, tokenizer):
         self.tokenizer, self.sleeps, on_cpu = tokenizer, args.vllm_sleep, args.device == "cpu"
@@ -1044,7 +1044,7 @@ class VLLMSampler:
 
     def load_weights(self, model):
         """The weight sync, in memory. Returns what it samples with now."""
-        self.llm.wake_up(tags=["weights"])  # later it would bring old ones back; no-op if awake
+        self.llm.wake_up(tags=["weights"])  # first: it would undo the sync; no-op if awake
         try:
             weights = ((name, parameter.detach()) for name, parameter in model.named_parameters())
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
@@ -1085,11 +1085,11 @@ def make_sampler(args, tokenizer):
     return TorchSampler(tokenizer, args.sampler_batch_size, args.dtype)
 
 def pad_log_probs(rollouts):
-    """The log-probs of the rollouts' sampler, (N, T)."""
+    """The sampler's log-probs of the responses, (N, longest response)."""
     return pad_sequence([torch.tensor(rollout.log_probs) for rollout in rollouts], batch_first=True)
 
-# The most expensive silent bug of this field: a sampler with stale weights. So its
-# weights are compared with the trainer's, and its log-probs within (mean, max) nats.
+# A sampler with stale weights raises no error and ruins the run. So its weights are
+# compared with the trainer's, and its log-probs up to (mean, max) nats.
 GAP_LIMITS = {"float32": (1e-3, 1e-2), "bfloat16": (0.15, math.inf)}
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"],    # by vLLM
          "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -1285,7 +1285,7 @@ def report(runs, picture, against="step"):
                 known = [record for record in records if name in record]
                 axis.plot([r[against] for r in known], [r[name] for r in known], f"C{i}")
                 axis.set_title(name, fontsize=9, loc="left")
-            # The table's row: the last validation, and the first one of 80 %.
+            # The table's row: the last validation, and the first of at least 80 %.
             validated = [record for record in records if "eval/accuracy" in record]
             first = next((r for r in validated if r["eval/accuracy"] >= 0.8), {})
             times = {"step to 80%": first.get("step"), "seconds to 80%": first.get("seconds")}
@@ -1313,7 +1313,7 @@ def save_checkpoint(run, path, step):
         torch.save({"optimizer": state, "step": step}, partial / "trainer_state.pt")
         for file in (*partial.iterdir(), *path.parent.glob("*.jsonl")):
             with open(file) as opened:
-                os.fsync(opened)  # raises what the disk does not take
+                os.fsync(opened)  # raises if the disk did not take it all
         os.replace(partial, path)
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch.save raises RuntimeError where the disk is full.
@@ -1336,7 +1336,7 @@ def files_of_a_run(args):
     return old
 
 def open_output_dir(args, step):
-    """Makes output_dir. --overwrite empties it, --resume cuts its logs back."""
+    """Makes output_dir. --overwrite removes its run, --resume cuts its logs back."""
     folder = Path(args.output_dir)
     for path in files_of_a_run(args):
         if args.overwrite or path.name.startswith("partial"):
@@ -1379,23 +1379,23 @@ def load_run(args):
     source = checkpoint or args.model
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        # float32 masters even on a GPU: at lr 1e-5 most AdamW steps are below half a
-        # bfloat16 ulp of the weight. No train(): dropout would make π differ from the
-        # policy that sampled.
+        # float32 master weights even on a GPU: at lr 1e-5 most AdamW steps are below
+        # half a bfloat16 ulp of the weight. No train(): dropout would make π differ
+        # from the policy that sampled.
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32, attn_implementation="packed")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {source} cannot be loaded: {short_message(error)}") from error
     transformers_logging.disable_progress_bar()
     check(tokenizer.eos_token_id is not None, f"--model {source} has no end-of-sequence token")
-    # Where there are no layer_types a window is one of all layers.
+    # Without layer_types in the config its sliding_window holds for every layer.
     window = getattr(model.config, "sliding_window", None)
     kinds = getattr(model.config, "layer_types", None)
     kinds = kinds or ["sliding_window" if window else "full_attention"]
     other = {*kinds} - {"full_attention"}
     check(not other, f"--model {source} has layers of {other}, which section 6 does not compute")
-    # Two responses to one prompt, packed and not. Layers other than attention that mix
-    # tokens show here, and logits that are not just a product with the head.
+    # Two responses to one prompt, packed and not. They differ where layers other than
+    # attention mix tokens, or the logits are not just hidden · headᵀ.
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6]])
     with torch.no_grad():
         plain = get_response_log_probs(model, ids[:, :-1], ids[:, 1:])["log_probs"]
@@ -1416,7 +1416,7 @@ def load_run(args):
     return run
 
 def finish_step(run, step):
-    """Validates, logs and saves, each where it is time to; stops on a signal."""
+    """Validates, logs and saves, each when it is due; stops on a signal."""
     args, folder, is_last = run.args, Path(run.args.output_dir), step == run.last_step
     if is_last or step % (args.validation_frequency or run.last_step) == 0:
         evaluate(run, 1, step)
@@ -1447,7 +1447,7 @@ def finish_step(run, step):
     run.lap()
 
 def start_training(run, last_step):
-    """Validates the model as it comes or resumes. Returns the first step."""
+    """Makes optimizer and output_dir; resumes, or validates. Returns the first step."""
     args, run.last_step, step = run.args, last_step, 0
     run.optimizer = torch.optim.AdamW(
         run.model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95),
@@ -1483,7 +1483,7 @@ def microbatches(args, pairs, rows):
     """This rank's share of the rows of a train batch, a list of microbatches. Responses
     to one prompt stand together: it goes through the model once."""
     rows = sorted(rows, key=lambda i: (pairs[i][0], -len(pairs[i][1])))
-    # How many tokens (or rows) stand before each row decides in which part it is.
+    # A row goes to a microbatch by the number of tokens (or rows) before it.
     starts, total, before = [], 0, None
     for i in rows:
         prompt, response = pairs[i]
@@ -1614,7 +1614,8 @@ def grpo_update(run, batch, rows, step):
     """One optimizer update on some rows of the rollout batch."""
     args, pairs = run.args, batch["pairs"]
     # A row of weight 0 has gradient 0 and need not go through the model. The divisor
-    # counts it. A loss with another term (a KL penalty) needs all rows.
+    # counts it; entropy and clip_fraction do not. A loss with another term (a KL
+    # penalty) needs all rows.
     weights = batch["raw_rewards" if args.loss_type == "no_baseline" else "advantages"].flatten().tolist()
     useful = [i for i in rows if weights[i] != 0]
     constant = args.sampling_max_tokens if args.loss_aggregation == "masked_normalize" else None
