@@ -33,7 +33,6 @@ import atexit
 import contextlib
 import ctypes
 import dataclasses
-import datetime
 import functools
 import hashlib
 import importlib.util
@@ -62,8 +61,8 @@ import torch.nn.functional as F
 from latex2sympy2_extended import NormalizationConfig
 from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, StopStringCriteria
-from transformers.utils import logging as transformers_logging
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, StopStringCriteria
+from transformers.utils import logging as hf_logging
 
 try:
     from flash_attn import flash_attn_func
@@ -128,8 +127,7 @@ def join_ranks():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             backend = "cpu:gloo,cuda:nccl"
-        patience = datetime.timedelta(hours=2)  # rank 0 may be saving
-        torch.distributed.init_process_group(backend, timeout=patience)
+        torch.distributed.init_process_group(backend)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
 
@@ -219,10 +217,8 @@ def build_parser():
         group = parser.add_argument_group(f"used by {users}")
         for flag, *values, help in settings:
             value = values[0][0] if isinstance(values[0], tuple) else values[0]
-            options = {"type": type(value)}
-            if isinstance(value, list):
-                options = {"choices": value}
-            elif isinstance(value, bool):
+            options = {"choices": value} if isinstance(value, list) else {"type": type(value)}
+            if isinstance(value, bool):
                 options |= {"nargs": "?", "const": True}
             shown = " | math: ".join(str(value).strip("()[]") for value in values)
             group.add_argument(f"--{flag}", help=f"{help} ({shown})".replace("%", "%%"), **options)
@@ -253,7 +249,7 @@ def parse_args(argv):
         print(f"preset {given.preset} (--preset chooses)")
 
     # A flag that is given counts first, then the resumed run, then the preset.
-    args = argparse.Namespace(algo=algo, device="cuda" if cuda else "cpu")
+    args = argparse.Namespace(algo=algo, device="cuda" if cuda else "cpu", resume=False, question="")
     for heading, settings in SETTINGS.items():
         users = heading.split()
         for flag, *values, help in settings:
@@ -869,8 +865,7 @@ def grpo_microbatch_train_step(
 
 def seed_for(seed, step, purpose):
     """A seed for one draw. So a checkpoint holds no state of a random generator."""
-    digest = hashlib.sha256(f"{seed}/{step}/{purpose}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")
+    return int(hashlib.sha256(f"{seed}/{step}/{purpose}".encode()).hexdigest()[:14], 16)
 
 @dataclasses.dataclass
 class Rollout:
@@ -889,8 +884,7 @@ class PrefixCache:
         self.prompts = {}           # layer: keys and values, (P, kv_heads, longest, D)
         self.responses = {}         # layer: the same, (2, P, kv_heads, n, room, D)
         columns = torch.arange(int(prompt_lengths.max()), device=prompt_lengths.device)
-        padding = columns >= prompt_lengths[:, None]
-        self.padding = padding[:, None, None, None]     # (P, 1, 1, 1, longest)
+        self.padding = columns >= prompt_lengths.view(-1, 1, 1, 1, 1)   # (P, 1, 1, 1, longest)
 
     def attend(self, layer, query, key, value, scaling):
         """Attention of the newest tokens: (1, heads, P·n, D) -> (1, P·n, heads, D)."""
@@ -918,24 +912,15 @@ class PrefixCache:
         prompts = live.any(dim=1).nonzero()[:, 0]  # (P',)
         most = int(live.sum(dim=1).max())
         if not self.responses or len(prompts) * most > 0.75 * live.numel():
-            return torch.arange(live.numel(), device=live.device)
+            return slice(None)  # all
         # Of each prompt its live responses, then finished ones to fill up.
         columns = live[prompts].sort(dim=1, descending=True, stable=True).indices[:, :most]
-        for layer in self.prompts:
+        for layer, room in self.responses.items():
             self.prompts[layer] = [tensor[prompts] for tensor in self.prompts[layer]]
-            room = self.responses[layer].transpose(2, 3)[:, prompts[:, None], columns]
-            self.responses[layer] = room.transpose(2, 3)
+            self.responses[layer] = room.transpose(2, 3)[:, prompts[:, None], columns].transpose(2, 3)
         kept = prompts[:, None] * self.n + columns  # (P', n')
         self.n, self.padding = most, self.padding[prompts]
         return kept.flatten()
-
-def draw_tokens(logits, uniform, temperature):
-    """Where uniform numbers fall in the cumulated distributions, (rows, 1)."""
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    # In float32 a GPU's sum of 150,000 entries would not rise at each.
-    cumulated = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    return torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)
 
 class TorchSampler:
     """Samples with the training model, or with a copy of it in another dtype."""
@@ -944,20 +929,15 @@ class TorchSampler:
         self.tokenizer, self.batch_size = tokenizer, batch_size
         self.dtype, self.model = getattr(torch, dtype), None
 
-    @torch.no_grad()
     def load_weights(self, model):
         """The weight sync. Returns what it samples with now, {name: tensor}."""
         if model.dtype == self.dtype:
             self.model = model
         elif self.model is None:
-            config = AutoConfig.for_model(**model.config.to_dict())  # from_config writes into it
             with model.device:
-                self.model = AutoModelForCausalLM.from_config(
-                    config, dtype=self.dtype, attn_implementation="packed").eval()
-        served = dict(self.model.named_parameters())
-        for name, parameter in model.named_parameters():
-            served[name].copy_(parameter)  # nothing to do where it is the model itself
-        return served
+                self.model = AutoModelForCausalLM.from_config(model.config, dtype=self.dtype).eval()
+        self.model.load_state_dict(model.state_dict())  # does nothing where it is the model itself
+        return dict(self.model.named_parameters())
 
     @torch.no_grad()
     def generate(self, prompt_ids, n, seeds, temperature, max_tokens, min_tokens, stop):
@@ -965,9 +945,8 @@ class TorchSampler:
         seeds: one per prompt; temperature 0: greedy; stop: a string or None."""
         size = max(1, self.batch_size // n)
         if len(prompt_ids) > size:
-            settings = temperature, max_tokens, min_tokens, stop
-            return [rollout for i in range(0, len(prompt_ids), size) for rollout in
-                    self.generate(prompt_ids[i:i + size], n, seeds[i:i + size], *settings)]
+            return [rollout for i in range(0, len(prompt_ids), size) for rollout in self.generate(
+                prompt_ids[i:i + size], n, seeds[i:i + size], temperature, max_tokens, min_tokens, stop)]
         device, eos = self.model.device, self.tokenizer.eos_token_id
         completes = stop and StopStringCriteria(self.tokenizer, [stop])
         # For each response a uniform number per token: these depend on its prompt's
@@ -976,7 +955,7 @@ class TorchSampler:
         draws = torch.cat(draws).to(device).clamp(max=1 - 1e-6)
         ids, log_probs = torch.zeros_like(draws, dtype=torch.long), torch.zeros_like(draws)
         rows = torch.arange(len(draws), device=device)  # the response in each row
-        lengths = torch.zeros_like(rows)                # of responses; 0: not ended
+        lengths = torch.zeros_like(rows)  # of responses; 0: not ended
         prompt_lengths = torch.tensor([len(prompt) for prompt in prompt_ids], device=device)
         # 1. Each prompt goes through the model once; pack drops the response [0].
         cache = PrefixCache(n, prompt_lengths)
@@ -985,12 +964,17 @@ class TorchSampler:
         hidden = hidden[last].repeat_interleave(n, dim=0)   # (rows, D)
         head = self.model.get_output_embeddings().weight    # (V, D)
         for t in range(max_tokens):
-            # 2. Draw token t of the responses.
+            # 2. Draw token t: where the uniform number falls in the cumulated distribution.
             logits = head_logits(hidden, head) / (temperature or 1.0)
             normalizer = logits.logsumexp(dim=-1, keepdim=True)  # before EOS is banned
             if t < min_tokens:
                 logits[:, eos] = -math.inf
-            token = draw_tokens(logits, draws[rows, t:t + 1], temperature)
+            if temperature == 0:
+                token = logits.argmax(dim=-1, keepdim=True)  # (rows, 1)
+            else:
+                # In float32 a GPU's sum of 150,000 entries would not rise at each.
+                cumulated = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+                token = torch.searchsorted(cumulated, draws[rows, t:t + 1] * cumulated[:, -1:], right=True)
             ids[rows, t:t + 1] = token
             log_probs[rows, t:t + 1] = logits.gather(1, token) - normalizer
             # 3. A response ends with EOS or the stop string.
@@ -1023,19 +1007,19 @@ class VLLMSampler:
 
     def __init__(self, args, tokenizer):
         self.tokenizer, self.sleeps, on_cpu = tokenizer, args.vllm_sleep, args.device == "cpu"
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"              # weights go over in memory
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights go over in memory
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")            # GiB
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")    # leave training its threads
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # leave training its threads
         try:
             import vllm
             self.llm = vllm.LLM(
                 args.model, dtype=args.dtype, enable_sleep_mode=self.sleeps,
                 gpu_memory_utilization=args.gpu_memory_utilization,
-                logprobs_mode="processed_logprobs",                 # of the distribution sampled from
-                generation_config="vllm",                           # not the model's own top-k
-                enable_chunked_prefill=False if on_cpu else None,   # it cannot rewind a generator there
-                enforce_eager=on_cpu,                               # compiling costs a minute there
+                logprobs_mode="processed_logprobs",  # of the distribution sampled from
+                generation_config="vllm",  # not the model's own top-k
+                enable_chunked_prefill=False if on_cpu else None,  # it cannot rewind a generator there
+                enforce_eager=on_cpu,  # compiling costs a minute there
                 distributed_executor_backend="external_launcher" if WORLD_SIZE > 1 else None)
             self.llm.generate("1", vllm.SamplingParams(max_tokens=1), use_tqdm=False)
         except (ImportError, AssertionError, ValueError, RuntimeError, OSError) as error:
@@ -1111,7 +1095,7 @@ def check_weights(model, served):
             check(same, f"the sampler has stale or wrong weights: its {name} is not the trainer's")
             compared += 1
     if not compared:
-        print("the sampler's weights have other names: only its log-probs are compared", flush=True)
+        print("the sampler's weights have other names: only its log-probs are compared")
 
 def check_sampler(run, rollouts, temperature):
     """(mean, max) of |log π − log π_sampler|, in nats; UserError if too large."""
@@ -1248,9 +1232,9 @@ class Run:
         return {name: total / count for name, (total, count) in sums.items() if count}
 
 # What a step prints of its metrics, and what is drawn and tabulated of a run.
-SHOWN = ("train/reward", "train/format", "train/loss", "train/entropy", "train/clip_fraction",
-         "train/length", "train/grad_norm", "train/learning_rate", "time/sampling", "time/training",
-         "eval/accuracy", "eval/stderr", "eval/format", "eval/lenient", "eval/length")
+SHOWN = ("train/reward train/format train/loss train/entropy train/clip_fraction train/length "
+         "train/grad_norm train/learning_rate time/sampling time/training "
+         "eval/accuracy eval/stderr eval/format eval/lenient eval/length").split()
 PANELS = ("eval/accuracy", "eval/format", "train/reward", "train/entropy", "train/length")
 COLUMNS = (*PANELS, "seconds", "tokens", "step to 80%", "seconds to 80%")
 
@@ -1302,7 +1286,7 @@ def replace_text(path, text):
     """Writes aside and renames, so that the file is never half-written."""
     aside = path.with_name("partial.txt")
     aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    aside.replace(path)
 
 def save_checkpoint(run, path, step):
     """Writes model, tokenizer and trainer's state: aside, flushed, then renamed."""
@@ -1329,7 +1313,7 @@ def files_of_a_run(args):
     """A run's files in output_dir. UserError unless it may be replaced or resumed."""
     names = "args.json metrics.jsonl samples.jsonl curves.png summary.json checkpoint-[0-9]* final_model partial*"
     old = [path for name in names.split() for path in Path(args.output_dir).glob(name)]
-    check(not old or args.overwrite or getattr(args, "resume", False),
+    check(not old or args.overwrite or args.resume,
           f"{args.output_dir} holds a run already: --resume it, --overwrite it, or choose another --output_dir")
     precious = args.overwrite and Path(args.model).resolve() in [path.resolve() for path in old]
     check(not precious, f"--overwrite would remove --model {args.model}; choose another --output_dir")
@@ -1351,8 +1335,7 @@ def open_output_dir(args, step):
 
 def find_data(args):
     """Makes data/arithmetic/ if needed. UserError for other missing files."""
-    flags = () if getattr(args, "question", "") else ("train_data", "val_data", "sft_data")
-    files = [Path(getattr(args, flag)) for flag in flags if flag in args]
+    files = [Path(value) for flag, value in vars(args).items() if flag.endswith("_data") and not args.question]
     tiny = [path for path in (Path(args.model), *files) if path.is_relative_to("data/arithmetic")]
     if RANK == 0 and not all(path.exists() for path in tiny):
         print("data/arithmetic/ is not complete yet: making it with prepare_data.py", flush=True)
@@ -1369,13 +1352,11 @@ def load_run(args):
     grading_pool().schedule(int)  # starts the workers before there is a model
     if args.device == "cpu" and sys.platform == "linux":
         # Keep freed memory in the process: to fetch it anew costs a fifth of a step.
-        M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
-        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
-            ctypes.CDLL(None).mallopt(option, value)
+        ctypes.CDLL(None).mallopt(-4, 0)            # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD
     if Path(args.model).is_dir():
-        transformers_logging.disable_progress_bar()  # only a download needs one
-    resumable = checkpoints(args.output_dir) if getattr(args, "resume", False) else []
-    checkpoint = resumable[0] if resumable else None
+        hf_logging.disable_progress_bar()  # only a download needs one
+    checkpoint = next(iter(checkpoints(args.output_dir)), None) if args.resume else None
     source = checkpoint or args.model
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -1386,13 +1367,11 @@ def load_run(args):
             source, dtype=torch.float32, attn_implementation="packed")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {source} cannot be loaded: {short_message(error)}") from error
-    transformers_logging.disable_progress_bar()
+    hf_logging.disable_progress_bar()
     check(tokenizer.eos_token_id is not None, f"--model {source} has no end-of-sequence token")
     # Without layer_types in the config its sliding_window holds for every layer.
-    window = getattr(model.config, "sliding_window", None)
-    kinds = getattr(model.config, "layer_types", None)
-    kinds = kinds or ["sliding_window" if window else "full_attention"]
-    other = {*kinds} - {"full_attention"}
+    kind = "sliding_window" if getattr(model.config, "sliding_window", None) else "full_attention"
+    other = set(getattr(model.config, "layer_types", None) or [kind]) - {"full_attention"}
     check(not other, f"--model {source} has layers of {other}, which section 6 does not compute")
     # Two responses to one prompt, packed and not. They differ where layers other than
     # attention mix tokens, or the logits are not just hidden · headᵀ.
@@ -1407,9 +1386,8 @@ def load_run(args):
     print(f"model {source}: {size}, {WORLD_SIZE} × {args.device}, {args.dtype}", flush=True)
     if args.device == "cuda" and not flash_attn_func:
         print(f"attention is torch's, flash-attn cannot be imported: {short_message(flash_attn_error)}")
-    sampler, (reward_fn, stop) = make_sampler(args, tokenizer), reward_fn_and_stop(args.prompt)
-    run = Run(args, model, tokenizer, sampler, reward_fn, stop, checkpoint)
-    run.val_problems = [] if getattr(args, "question", "") else load_problems(run, args.val_data)
+    run = Run(args, model, tokenizer, make_sampler(args, tokenizer), *reward_fn_and_stop(args.prompt), checkpoint)
+    run.val_problems = [] if args.question else load_problems(run, args.val_data)
     if 0 < args.validation_size < len(run.val_problems):
         # The same for every seed, from the whole file: MATH's is sorted by subject.
         run.val_problems = random.Random(0).sample(run.val_problems, args.validation_size)
@@ -1441,7 +1419,7 @@ def finish_step(run, step):
         accuracy, n = metrics["eval/accuracy"], len(run.val_problems)
         print(f"done: accuracy {accuracy:.3f} on {n} unseen problems; {folder}/final_model, curves.png")
     elif stopping:
-        print(f"stopped after step {step}; --resume goes on from there", flush=True)
+        print(f"stopped after step {step}; --resume goes on from there")
         leave_ranks(128 + stopping)
         sys.exit(128 + stopping)
     run.lap()
@@ -1454,10 +1432,9 @@ def start_training(run, last_step):
         weight_decay=args.weight_decay, fused=args.device == "cuda")    # less memory
     if run.checkpoint:
         # The optimizer's moments are the checkpoint's, its settings the flags'.
-        saved = torch.load(run.checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True, mmap=True)
+        saved = torch.load(run.checkpoint / "trainer_state.pt", map_location="cpu", mmap=True)
         step, state = saved["step"], {"state": saved["optimizer"]}
         run.optimizer.load_state_dict(run.optimizer.state_dict() | state)
-        print(f"resumed from {run.checkpoint}", flush=True)
     if RANK == 0:
         open_output_dir(args, step if run.checkpoint else -1)
         if args.wandb_project:
@@ -1484,13 +1461,12 @@ def microbatches(args, pairs, rows):
     to one prompt stand together: it goes through the model once."""
     rows = sorted(rows, key=lambda i: (pairs[i][0], -len(pairs[i][1])))
     # A row goes to a microbatch by the number of tokens (or rows) before it.
-    starts, total, before = [], 0, None
-    for i in rows:
-        prompt, response = pairs[i]
-        starts.append(total)
+    starts, before = [0], None
+    for prompt, response in (pairs[i] for i in rows):
         tokens = len(response) + (len(prompt) if prompt != before else 0)
-        total += 1 if args.gradient_accumulation_steps else tokens
+        starts.append(starts[-1] + (1 if args.gradient_accumulation_steps else tokens))
         before = prompt
+    total = starts[-1]
     wanted = min(args.gradient_accumulation_steps, len(rows)) or total / args.tokens_per_microbatch
     parts = [[] for _ in range(math.ceil(wanted / WORLD_SIZE) * WORLD_SIZE)]
     for i, start in zip(rows, starts):
@@ -1501,7 +1477,7 @@ def optimizer_step(run, step, loss):
     """Clips the accumulated gradient and applies it, if all is finite."""
     decay = 1 - (step - 1) / run.last_step if run.args.lr_schedule == "linear" else 1
     group = run.optimizer.param_groups[0]
-    group["lr"] = learning_rate = run.args.learning_rate * decay
+    group["lr"] = run.args.learning_rate * decay
     for parameter in group["params"]:
         if parameter.grad is None:  # no row of this rank had anything to teach
             parameter.grad = torch.zeros_like(parameter)
@@ -1515,7 +1491,7 @@ def optimizer_step(run, step, loss):
         run.log("train/loss", loss)
         run.log("train/grad_norm", norm)
     run.optimizer.zero_grad()
-    run.log("train/learning_rate", learning_rate)
+    run.log("train/learning_rate", group["lr"])
     run.log("train/skipped_updates", run.skipped > 0)
     check(run.skipped < 5, f"the gradient of 5 updates in a row was not finite ({norm=}, {loss=}): "
           "lower --learning_rate")
