@@ -996,8 +996,7 @@ class TorchSampler:
             response = ids[i, :length or max_tokens].tolist()
             text = self.tokenizer.decode(response, skip_special_tokens=True)
             if length and response[-1] != eos:
-                # The last token may go on after the stop string.
-                text = text[:text.rindex(stop) + len(stop)]
+                text = text[:text.rindex(stop) + len(stop)]  # the last token may go on
             rollouts.append(Rollout(prompt_ids[i // n], response, log_probs[i, :len(response)].tolist(),
                                     text, "stop" if length else "length"))
         return rollouts
