@@ -213,7 +213,8 @@ def presets():
         folder, seconds = timed(algo)
         right, formatted = mean_percent(runs_of[algo]), mean_percent(runs_of[algo], "eval/format")
         rows.append([title, f"{right} %", f"{formatted} %", f"`python align.py --algo {algo}`", f"{seconds:.0f} s"])
-    shutil.copy(folder / "curves.png", LAB / "grpo.png")
+    import align
+    align.report({"python align.py --algo grpo": [folder]}, LAB / "grpo.png")
     return rows
 
 def tiny_step():
