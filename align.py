@@ -9,7 +9,7 @@ It is written for Qwen2.5-Math-1.5B on MATH, on an 80 GB GPU (--preset math). Se
 to 7 have the names and arguments of the handout of Stanford CS336's assignment 5; some
 functions take more.
 
-Symbols:  B sequences in a batch    T tokens of the longest, less 1    V vocabulary
+Symbols:  B sequences in a batch    T tokens (labels: shifted by one)  V vocabulary
           G rollouts per prompt     N rollouts per step = prompts × G
           M packed tokens           D size of a hidden state, in attention of a head
           π the policy (the model)  ρ = π(token) / π_old(token)
@@ -33,6 +33,7 @@ import atexit
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import functools
 import hashlib
 import importlib.util
@@ -127,7 +128,8 @@ def join_ranks():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             backend = "cpu:gloo,cuda:nccl"
-        torch.distributed.init_process_group(backend)
+        patience = datetime.timedelta(hours=2)  # rank 0 may be saving
+        torch.distributed.init_process_group(backend, timeout=patience)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
 
@@ -700,7 +702,7 @@ def get_packed_log_probs(model, pairs, temperature=1.0, dtype="float32"):
     packed, predictors = pack(pairs, device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         hidden = model.base_model(use_cache=False, **packed).last_hidden_state[0]
-    # (n, D) for the n response tokens. To divide hidden divides the logits.
+    # (n, D) for the n response tokens. Dividing hidden divides the logits.
     hidden = hidden.index_select(0, predictors) / temperature
     labels = torch.tensor([token for _, response in pairs for token in response], device=device)
     values = ChunkedLogProbs.apply(hidden.to(dtype), model.get_output_embeddings().weight, labels)
@@ -933,10 +935,11 @@ class TorchSampler:
         """The weight sync. Returns what it samples with now, {name: tensor}."""
         if model.dtype == self.dtype:
             self.model = model
-        elif self.model is None:
-            with model.device:
-                self.model = AutoModelForCausalLM.from_config(model.config, dtype=self.dtype).eval()
-        self.model.load_state_dict(model.state_dict())  # does nothing where it is the model itself
+        else:
+            if self.model is None:
+                with model.device:
+                    self.model = AutoModelForCausalLM.from_config(model.config, dtype=self.dtype).eval()
+            self.model.load_state_dict(model.state_dict())
         return dict(self.model.named_parameters())
 
     @torch.no_grad()
@@ -1231,9 +1234,9 @@ class Run:
         return {name: total / count for name, (total, count) in sums.items() if count}
 
 # What a step prints of its metrics, and what is drawn and tabulated of a run.
-SHOWN = ("train/reward train/format train/loss train/entropy train/clip_fraction train/length "
-         "train/grad_norm train/learning_rate time/sampling time/training "
-         "eval/accuracy eval/stderr eval/format eval/lenient eval/length").split()
+SHOWN = ("train/reward", "train/format", "train/loss", "train/entropy", "train/clip_fraction",
+         "train/length", "train/grad_norm", "train/learning_rate", "time/sampling", "time/training",
+         "eval/accuracy", "eval/stderr", "eval/format", "eval/lenient", "eval/length")
 PANELS = ("eval/accuracy", "eval/format", "train/reward", "train/entropy", "train/length")
 COLUMNS = (*PANELS, "seconds", "tokens", "step to 80%", "seconds to 80%")
 
@@ -1460,12 +1463,12 @@ def microbatches(args, pairs, rows):
     to one prompt stand together: it goes through the model once."""
     rows = sorted(rows, key=lambda i: (pairs[i][0], -len(pairs[i][1])))
     # A row goes to a microbatch by the number of tokens (or rows) before it.
-    starts, before = [0], None
+    starts, total, before = [], 0, None
     for prompt, response in (pairs[i] for i in rows):
+        starts.append(total)
         tokens = len(response) + (len(prompt) if prompt != before else 0)
-        starts.append(starts[-1] + (1 if args.gradient_accumulation_steps else tokens))
+        total += 1 if args.gradient_accumulation_steps else tokens
         before = prompt
-    total = starts[-1]
     wanted = min(args.gradient_accumulation_steps, len(rows)) or total / args.tokens_per_microbatch
     parts = [[] for _ in range(math.ceil(wanted / WORLD_SIZE) * WORLD_SIZE)]
     for i, start in zip(rows, starts):
